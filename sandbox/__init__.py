@@ -1,0 +1,1 @@
+"""A sandboxed compile runtime for PyTorch."""

@@ -1,0 +1,62 @@
+"""What one job may use. Every limit has a unit, a default, and a word on what happens when it is hit."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+
+class Limits(BaseModel):
+    """Resource limits of one job, over its whole process tree (g++ and ptxas included).
+
+    All sizes are bytes, all times seconds. "Killed" means: the whole process tree gets SIGKILL, also
+    processes that left the group with setsid, and nothing of the job is left behind.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    wall_seconds: Seconds = 600.0
+    """Wall time from the fork to the end of the job, in seconds. When hit: killed, status `timeout`."""
+
+    cpu_seconds: Seconds = 1200.0
+    """CPU time of the process tree, user and system, in seconds. When hit: killed, status `cpu_limit`.
+    RLIMIT_CPU, per process, stands behind it as a hard stop."""
+
+    memory_bytes: Annotated[int, Field(ge=64 * MIB, le=1 << 50)] = 8 * GIB
+    """Private memory of the process tree, in bytes; pages shared with the forkserver do not count.
+    When hit: killed, status `memory_limit`. RLIMIT_DATA, per process, stands behind it as a hard stop:
+    an allocation beyond it fails inside the job, which also ends as `memory_limit`."""
+
+    processes: Annotated[int, Field(ge=1, le=100_000)] = 128
+    """Live processes and threads' owners in the tree, a count of processes. When hit: killed, status
+    `violation`."""
+
+    open_files: Annotated[int, Field(ge=32, le=1_000_000)] = 1024
+    """Open file descriptors per process (RLIMIT_NOFILE). When hit: `open` fails inside the job with
+    EMFILE; a job that dies of it ends as `violation`."""
+
+    disk_bytes: Annotated[int, Field(ge=MIB, le=1 << 50)] = 4 * GIB
+    """Bytes in the job's scratch folder, and the largest single file (RLIMIT_FSIZE). When hit: killed,
+    status `output_limit`."""
+
+    reply_bytes: Annotated[int, Field(ge=KIB, le=1 << 40)] = 512 * MIB
+    """Size of the reply frame, in bytes. When hit: killed, status `output_limit`."""
+
+    artifact_bytes: Annotated[int, Field(ge=KIB, le=1 << 40)] = 1 * GIB
+    """Sum of the sizes of the kernel files handed back, in bytes. When hit: nothing is adopted, status
+    `output_limit`."""
+
+    stderr_bytes: Annotated[int, Field(ge=KIB, le=1 << 40)] = 64 * MIB
+    """Bytes that the job may write to stdout and stderr in all. When hit: killed, status `output_limit`."""
+
+    stderr_tail_bytes: Annotated[int, Field(ge=0, le=64 * MIB)] = 64 * KIB
+    """The last bytes of stdout and stderr that are kept in the result. Older ones are dropped, silently by
+    design: the result says how many bytes there were in all."""
+
+    payload_bytes: Annotated[int, Field(ge=KIB, le=1 << 40)] = 2 * GIB
+    """Size of the job's payload, in bytes. When hit: the job is refused with JobError before it starts."""

@@ -1,0 +1,204 @@
+"""What is allowed: one schema for the policy files, and the loader that explains what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sandbox.errors import PolicyError
+from sandbox.jobs import Scalar, explain
+from sandbox.limits import GIB, Limits, Seconds
+from sandbox.results import KILLERS, Status
+
+Step = Literal["retry", "reduced", "in_process", "eager", "raise"]
+Demand = Literal["require", "prefer", "off"]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Ladder(_Model):
+    """What to do, in order, after each way a job can end. When the steps are used up, `raise`.
+
+    Steps: `retry` (the same job in a fresh child), `reduced` (a fresh child with the cheaper Inductor settings
+    of `[reduced]`), `in_process` (compile in the serving process), `eager` (run the uncompiled graph), `raise`.
+    `in_process` after a status that kills is refused unless `allow_in_process_after_crash` is set.
+    """
+
+    compile_error: tuple[Step, ...] = ("raise",)
+    """The compiler raised. `raise` gives the exception that in-process Inductor would have raised."""
+    crashed: tuple[Step, ...] = ("retry", "reduced", "eager")
+    """The child died of a signal or exited without a reply."""
+    timeout: tuple[Step, ...] = ("reduced", "eager")
+    """`limits.wall_seconds` was hit."""
+    cpu_limit: tuple[Step, ...] = ("reduced", "eager")
+    """`limits.cpu_seconds` was hit."""
+    memory_limit: tuple[Step, ...] = ("reduced", "eager")
+    """`limits.memory_bytes` was hit."""
+    output_limit: tuple[Step, ...] = ("reduced", "eager")
+    """Reply, stderr, scratch folder or artifacts were too large."""
+    violation: tuple[Step, ...] = ("eager",)
+    """A confinement rule was broken, or there were too many processes or files."""
+    protocol_error: tuple[Step, ...] = ("retry", "in_process")
+    """The reply was truncated, garbled, duplicate or forged."""
+    unserializable: tuple[Step, ...] = ("retry", "in_process")
+    """The graph or its result cannot be sent. Counted under `in_process_reasons` when compiled in-process."""
+    sandbox_error: tuple[Step, ...] = ("retry", "in_process")
+    """Our own failure: no fork, dead forkserver, full disk."""
+    cancelled: tuple[Step, ...] = ("raise",)
+    """The job was cancelled, for example by a shutdown."""
+
+    def steps(self, status: Status) -> tuple[Step, ...]:
+        """The steps for ``status``. `ok` has none."""
+        return () if status is Status.OK else getattr(self, status.value)
+
+
+class Confinement(_Model):
+    """Which mechanisms confine a child. `require`: refuse to start a job without it. `prefer`: use it, report it
+    as `unavailable` or `partial` if absent. `off`: do not use it."""
+
+    rlimits: Demand = "require"
+    """Kernel limits per process: data size, CPU, files, file size, no core dumps."""
+    no_new_privs: Demand = "require"
+    """No set-uid program can raise privileges inside a job."""
+    watchdog: Demand = "require"
+    """The parent measures the whole process tree and kills it at a breach."""
+    process_tree: Demand = "require"
+    """A keeper process per job is subreaper of the tree: nothing can leave it, all of it dies with the job."""
+    ipc_namespace: Demand = "prefer"
+    """Own SysV semaphores, shared memory and message queues."""
+    mount_namespace: Demand = "prefer"
+    """Own empty /dev/shm, so that POSIX semaphores and shared memory of a job end with it."""
+    network_namespace: Demand = "prefer"
+    """No network but an own, unconnected loopback."""
+
+
+class ForkserverSettings(_Model):
+    """The warm template process that children are forked from."""
+
+    warm_up: bool = True
+    """Compile two small graphs before the first job, so that no child repeats the vector-ISA probe, the
+    precompiled header and Inductor's lazy imports. Without it a job takes about 10 s instead of about 1 s."""
+    start_timeout_seconds: Seconds = 180.0
+    """Time for import and warm-up, in seconds. When hit: killed; the job ends as `sandbox_error`."""
+    fork_timeout_seconds: Seconds = 10.0
+    """Time for one fork, in seconds. When hit: the forkserver is killed and restarted, the job retried."""
+    preload: tuple[str, ...] = ()
+    """Modules to import in the forkserver besides torch: those that register custom ops or lowerings."""
+
+
+class Policy(_Model):
+    """What sandboxed compiles may do and what happens when they fail. Read from TOML, see `policies/`."""
+
+    name: str = "default"
+    """Shown in reports. The loader sets it to the file's name without `.toml` unless the file says otherwise."""
+    description: str = ""
+    """One sentence for people."""
+    parallel_jobs: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Jobs that run side by side, a count; more wait. 0 means one per usable core."""
+    kernel_threads: Annotated[int, Field(ge=0, le=256)] = 0
+    """Kernels of one job that are built side by side, a count. 0 means one per usable core, at most 8."""
+    gpu: bool = False
+    """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live)."""
+    allow_in_process: bool = True
+    """Whether any graph may be compiled in the serving process. If false, a ladder's `in_process` is skipped."""
+    allow_in_process_after_crash: bool = False
+    """DANGEROUS. Whether a graph that has killed a child may be compiled in the serving process."""
+    environment: tuple[EnvironmentName, ...] = (
+        "PATH", "LANG", "LC_*", "TZ", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH",
+        "TORCHINDUCTOR_*", "TORCH_LOGS", "TRITON_*", "OMP_NUM_THREADS", "CPATH", "LIBRARY_PATH",
+    )  # fmt: skip
+    """Environment variables that a child may see; `*` at the end matches any rest. All others are removed."""
+    limits: Limits = Limits()
+    """What one job may use."""
+    ladder: Ladder = Ladder()
+    """What to do when a job fails."""
+    confinement: Confinement = Confinement()
+    """Which mechanisms confine a child."""
+    forkserver: ForkserverSettings = ForkserverSettings()
+    """The warm template process."""
+    reduced: dict[str, Scalar] = {
+        "max_autotune": False,
+        "max_autotune_gemm": False,
+        "coordinate_descent_tuning": False,
+        "epilogue_fusion": False,
+        "cpp.max_horizontal_fusion_size": 1,
+    }
+    """Inductor settings of the ladder's step `reduced`, by dotted name under `torch._inductor.config`."""
+
+    @model_validator(mode="after")
+    def _no_silent_weakening(self) -> Policy:
+        if not self.allow_in_process_after_crash:
+            for status in sorted(KILLERS):
+                if "in_process" in self.ladder.steps(status):
+                    raise ValueError(
+                        f"ladder.{status.value} holds 'in_process', which repeats in the serving process what has "
+                        f"just killed a child; remove it, or set allow_in_process_after_crash = true"
+                    )
+        if self.limits.memory_bytes < GIB // 4:
+            raise ValueError("limits.memory_bytes must be at least 268435456 (256 MiB): a g++ of a kernel needs it")
+        return self
+
+
+def shipped() -> list[str]:
+    """Names of the policies that the package ships, sorted."""
+    return sorted(path.stem for path in _shipped_folder().glob("*.toml"))
+
+
+def _shipped_folder() -> Path:
+    """In a wheel the policy files are the folder `sandbox/policies`, in a checkout they stand beside `sandbox`."""
+    package = Path(__file__).parent
+    installed = package / "policies"
+    return installed if installed.is_dir() else package.parent / "policies"
+
+
+def load(policy: str | Path | Policy) -> Policy:
+    """A policy from a shipped name (`default`), a path to a TOML file, or a :class:`Policy` itself.
+
+    Raises:
+        PolicyError: with one line per fault, naming file, key, value and what is allowed.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    name = str(policy)
+    if name in shipped():
+        return parse((_shipped_folder() / f"{name}.toml").read_text(), f"policies/{name}.toml", name)
+    path = Path(policy)
+    if not path.is_file():
+        raise PolicyError(
+            f"no policy {name!r}: not one of the shipped policies ({', '.join(shipped())}) and not a file"
+        )
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{path}: cannot be read as text: {error}") from None
+    return parse(text, str(path), path.stem)
+
+
+def parse(text: str, source: str = "policy", name: str = "custom") -> Policy:
+    """A policy from the text of a TOML file; ``source`` is what messages call it.
+
+    Raises:
+        PolicyError: as :func:`load`.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PolicyError(f"{source}: not TOML: {error}") from None
+    data.setdefault("name", name)
+    try:
+        # Through JSON, so that strict models accept arrays for tuples and reject everything else.
+        return Policy.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise PolicyError(explain(source, error)) from None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a policy file."""
+    return Policy.model_json_schema()

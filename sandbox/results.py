@@ -1,0 +1,166 @@
+"""How a job ended: plain models that know no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Status(StrEnum):
+    """How a job ended. The program's failures and ours are different words; the first cause wins."""
+
+    OK = "ok"
+    COMPILE_ERROR = "compile_error"  # the compiler raised
+    CRASHED = "crashed"  # died of a signal, or exited without a reply
+    TIMEOUT = "timeout"
+    CPU_LIMIT = "cpu_limit"
+    MEMORY_LIMIT = "memory_limit"
+    OUTPUT_LIMIT = "output_limit"  # reply, stderr, scratch folder or artifacts too large
+    VIOLATION = "violation"  # a confinement rule, or too many processes or files
+    PROTOCOL_ERROR = "protocol_error"  # a truncated, garbled, duplicate or forged reply
+    UNSERIALIZABLE = "unserializable"  # the graph or its result cannot be sent
+    SANDBOX_ERROR = "sandbox_error"  # ours: no fork, dead forkserver, full disk
+    CANCELLED = "cancelled"
+
+
+#: The statuses that mean "this graph kills the process that compiles it": never repeated in-process.
+KILLERS = frozenset(
+    {
+        Status.CRASHED,
+        Status.TIMEOUT,
+        Status.CPU_LIMIT,
+        Status.MEMORY_LIMIT,
+        Status.OUTPUT_LIMIT,
+        Status.VIOLATION,
+    }
+)
+
+
+class Usage(_Model):
+    """What a job used."""
+
+    wall_seconds: float = 0.0
+    """From the fork request to the end of the whole process tree, in seconds."""
+
+    queue_seconds: float = 0.0
+    """From submit to the fork request, in seconds."""
+
+    start_seconds: float = 0.0
+    """From the fork request until the child had validated its spec, in seconds."""
+
+    cpu_seconds: float = 0.0
+    """User and system CPU time of the process tree, in seconds."""
+
+    peak_memory_bytes: int = 0
+    """Highest private memory of the process tree that the watchdog saw, in bytes."""
+
+    stderr_bytes: int = 0
+    """Bytes written to stdout and stderr in all; the result keeps a bounded tail."""
+
+
+LeakKind = Literal["fd", "posix_semaphore", "sysv_semaphore", "shared_memory", "temp_file", "process", "thread"]
+
+
+class Leak(_Model):
+    """One thing that outlived the job."""
+
+    kind: LeakKind
+    object: str
+    """What leaked: a path, a pid with its command, `fd 7 -> socket:[123]`."""
+    owner: Literal["child", "forkserver", "parent"]
+    reclaimed: bool
+    """Whether it was removed. Leaks of the host process are told, never touched."""
+
+
+class LeakReport(_Model):
+    """Everything that outlived one job."""
+
+    job_id: str
+    leaks: tuple[Leak, ...] = ()
+
+    def counts(self) -> dict[str, int]:
+        """A count per kind."""
+        found: dict[str, int] = {}
+        for leak in self.leaks:
+            found[leak.kind] = found.get(leak.kind, 0) + 1
+        return found
+
+
+class State(StrEnum):
+    """What became of one confinement mechanism."""
+
+    ENFORCED = "enforced"
+    PARTIAL = "partial"
+    UNAVAILABLE = "unavailable"
+    OFF = "off"
+
+
+class Mechanism(_Model):
+    """State of one mechanism, and why it is not fully enforced."""
+
+    state: State
+    reason: str = ""
+
+
+class Enforcement(_Model):
+    """What was really enforced on a job: a state per mechanism."""
+
+    mechanisms: dict[str, Mechanism] = Field(default_factory=dict)
+
+    def states(self) -> dict[str, str]:
+        """`{mechanism: state}`, for reports."""
+        return {name: mechanism.state.value for name, mechanism in sorted(self.mechanisms.items())}
+
+
+class Artifact(_Model):
+    """One file that the job hands back."""
+
+    path: Annotated[str, Field(pattern=r"^(inductor|triton)/[A-Za-z0-9._+=/-]{1,512}$")]
+    """Relative to the job's artifact folder; never with `..`, a link, or a leading slash."""
+    size: Annotated[int, Field(ge=0)]
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Failure(_Model):
+    """What was raised in a child, as plain data: enough to raise the same in the parent."""
+
+    module: str
+    qualname: str
+    message: str
+    traceback: str = ""
+
+
+class JobResult(_Model):
+    """How one job ended, what it made, what it used, what it left, and what was enforced on it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+    job_id: str
+    status: Status
+    detail: str = ""
+    """One line for people: what failed and why. Empty when ok."""
+    value: Any = None
+    """What the job returned: plain data (fx_graph, triton_kernel) or the callable's result."""
+    failure: Failure | None = None
+    """What the program raised, for `compile_error`."""
+    signal: str | None = None
+    """Name of the signal that ended the child, for example `SIGSEGV`."""
+    exit_code: int | None = None
+    """Exit status of the child when it ended by exiting."""
+    artifacts: tuple[Artifact, ...] = ()
+    usage: Usage = Usage()
+    stderr_tail: str = ""
+    leaks: LeakReport
+    enforcement: Enforcement = Enforcement()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the job did what it was asked to."""
+        return self.status is Status.OK
