@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from sandbox.errors import JobError
-from sandbox.limits import Limits
+from sandbox.limits import Confinement, Limits
 
 SCHEMA_VERSION: Final = 1
 
@@ -52,6 +52,9 @@ class _JobBase(_Model):
 
     limits: Limits
     """What the job may use."""
+
+    confinement: Confinement = Confinement()
+    """What confines the job."""
 
     target: str = "cpu"
     """Device the job compiles for: `cpu`, `cuda:CAPABILITY[:WARP]` (for example `cuda:90`) or `hip:ARCH`."""

@@ -1,13 +1,14 @@
-"""What one job may use. Every limit has a unit, a default, and a word on what happens when it is hit."""
+"""What one job may use and what confines it. Every limit has a unit, a default, and what happens when it is hit."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
+Demand = Literal["require", "prefer", "off"]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -60,3 +61,25 @@ class Limits(BaseModel):
 
     payload_bytes: Annotated[int, Field(ge=KIB, le=1 << 40)] = 2 * GIB
     """Size of the job's payload, in bytes. When hit: the job is refused with JobError before it starts."""
+
+
+class Confinement(BaseModel):
+    """Which mechanisms confine a child. `require`: refuse to start a job without it. `prefer`: use it, report it
+    as `unavailable` or `partial` if absent. `off`: do not use it."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+    rlimits: Demand = "require"
+    """Kernel limits per process: data size, CPU, files, file size, no core dumps."""
+    no_new_privs: Demand = "require"
+    """No set-uid program can raise privileges inside a job."""
+    watchdog: Demand = "require"
+    """The parent measures the whole process tree and kills it at a breach."""
+    process_tree: Demand = "require"
+    """A keeper process per job is subreaper of the tree: nothing can leave it, all of it dies with the job."""
+    ipc_namespace: Demand = "prefer"
+    """Own SysV semaphores, shared memory and message queues."""
+    mount_namespace: Demand = "prefer"
+    """Own empty /dev/shm, so that POSIX semaphores and shared memory of a job end with it."""
+    network_namespace: Demand = "prefer"
+    """No network but an own, unconnected loopback."""

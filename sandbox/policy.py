@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sandbox.errors import PolicyError
 from sandbox.jobs import Scalar, explain
-from sandbox.limits import GIB, Limits, Seconds
+from sandbox.limits import GIB, Confinement, Limits, Seconds
 from sandbox.results import KILLERS, Status
 
 Step = Literal["retry", "reduced", "in_process", "eager", "raise"]
-Demand = Literal["require", "prefer", "off"]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]
 
 
@@ -57,26 +56,6 @@ class Ladder(_Model):
     def steps(self, status: Status) -> tuple[Step, ...]:
         """The steps for ``status``. `ok` has none."""
         return () if status is Status.OK else getattr(self, status.value)
-
-
-class Confinement(_Model):
-    """Which mechanisms confine a child. `require`: refuse to start a job without it. `prefer`: use it, report it
-    as `unavailable` or `partial` if absent. `off`: do not use it."""
-
-    rlimits: Demand = "require"
-    """Kernel limits per process: data size, CPU, files, file size, no core dumps."""
-    no_new_privs: Demand = "require"
-    """No set-uid program can raise privileges inside a job."""
-    watchdog: Demand = "require"
-    """The parent measures the whole process tree and kills it at a breach."""
-    process_tree: Demand = "require"
-    """A keeper process per job is subreaper of the tree: nothing can leave it, all of it dies with the job."""
-    ipc_namespace: Demand = "prefer"
-    """Own SysV semaphores, shared memory and message queues."""
-    mount_namespace: Demand = "prefer"
-    """Own empty /dev/shm, so that POSIX semaphores and shared memory of a job end with it."""
-    network_namespace: Demand = "prefer"
-    """No network but an own, unconnected loopback."""
 
 
 class ForkserverSettings(_Model):
