@@ -10,11 +10,12 @@ import hashlib
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from sandbox.errors import JobError
+from sandbox.explain import explain
 from sandbox.limits import Confinement, Limits
 
 SCHEMA_VERSION: Final = 1
@@ -50,11 +51,11 @@ class _JobBase(_Model):
     payload_bytes: Annotated[int, Field(ge=0)]
     """Size of the payload, in bytes. Checked in the child before it unpickles."""
 
-    limits: Limits
-    """What the job may use."""
+    limits: Limits = Limits()
+    """What the job may use. If it is not given, `Sandbox.submit` fills in the policy's."""
 
     confinement: Confinement = Confinement()
-    """What confines the job."""
+    """What confines the job. If it is not given, `Sandbox.submit` fills in the policy's."""
 
     target: str = "cpu"
     """Device the job compiles for: `cpu`, `cuda:CAPABILITY[:WARP]` (for example `cuda:90`) or `hip:ARCH`."""
@@ -72,7 +73,8 @@ class _JobBase(_Model):
     """The caller's trace."""
 
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
-    """The whole environment of the child, already reduced to the policy's allow-list."""
+    """The whole environment of the child, already reduced to the policy's allow-list. If it is not given,
+    `Sandbox.submit` fills in what the policy lets through."""
 
     @field_validator("target")
     @classmethod
@@ -142,6 +144,11 @@ def new_job_id() -> str:
     return f"job-{uuid.uuid4().hex[:12]}"
 
 
+def given(**fields: Any) -> dict[str, Any]:
+    """The fields that are not None: what is left out of a spec is filled in from the policy."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def digest(payload: bytes) -> str:
     """SHA-256 of ``payload``, lower-case hex."""
     return hashlib.sha256(payload).hexdigest()
@@ -174,14 +181,3 @@ def check_payload(spec: _JobBase, payload: bytes) -> None:
         raise JobError(f"{spec.job_id}: the payload has {len(payload)} bytes, the spec says {spec.payload_bytes}")
     if digest(payload) != spec.payload_sha256:
         raise JobError(f"{spec.job_id}: the payload's SHA-256 is not the one in the spec")
-
-
-def explain(what: str, error: ValidationError) -> str:
-    """One readable message for a pydantic error: a line per fault with key, value and what is allowed."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"]) or "(the whole)"
-        value = repr(fault["input"])
-        shown = value if len(value) <= 80 else value[:77] + "..."
-        lines.append(f"{what}: {key} = {shown}: {fault['msg']}")
-    return "\n".join(lines)

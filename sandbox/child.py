@@ -1,0 +1,254 @@
+"""The worker: one fresh process that runs one job and hands back one reply.
+
+Phases, in order: `receive` (the frame), `check_spec` (validate before anything is unpickled), `confine`,
+`unpickle`, `run` (compile), `collect` (the artifacts' manifest), `send_reply`, `leave`. Each is a function of this
+module, so that tests can break each one. What goes wrong is said in the reply where that is still possible;
+where it is not, the keeper and the parent see the exit status.
+"""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sandbox import artifacts, ledger
+from sandbox.enforce import confine_worker
+from sandbox.enforce.privileges import die_with_parent
+from sandbox.errors import EnforcementError, JobError, UnserializableError, WireError
+from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, parse_spec
+from sandbox.results import Artifact, Enforcement, Failure, Status
+from sandbox.wire import Frame, Reply, Started, recv_frame, safe_dumps, send_frame
+
+#: Exit codes of a worker that could not even reply. Outside the range that compilers use.
+EXIT_UNCONFINED = 120
+EXIT_BAD_REQUEST = 121
+EXIT_NO_PARENT = 122
+EXIT_MEMORY = 123
+#: Descriptors held back from the job, a count: a job that has used up all others can still reply.
+RESERVED_FDS = 8
+#: Seconds that the parent may take to send the whole request, and to read the whole reply.
+RECEIVE_SECONDS = 60.0
+SEND_SECONDS = 600.0
+
+#: The module that does each kind of job: `prepare(spec, payload)` unpickles and returns the work as a function
+#: without arguments. By name, so that a worker imports only what its job needs.
+HANDLERS = {
+    "fx_graph": "sandbox.inductor.compile",
+    "triton_kernel": "sandbox.triton.kernel",
+    "callable": "sandbox.callables",
+}
+
+Spec = FxGraphSpec | TritonKernelSpec | CallableSpec
+
+
+def main(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> NoReturn:
+    """Run in the fork of the keeper."""
+    code = 1
+    try:
+        code = _work(job_id, scratch, job_fd, stderr_fd)
+    except MemoryError:
+        code = EXIT_MEMORY
+        traceback.print_exc()
+    except BaseException:  # noqa: BLE001 - must never return into the keeper; the parent keeps the tail of stderr
+        traceback.print_exc()
+    finally:
+        leave(code)
+
+
+def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> int:
+    started = time.monotonic()
+    keeper = os.getppid()
+    os.setsid()
+    _plain_signals()
+    _standard_streams(stderr_fd)
+    die_with_parent(signal.SIGKILL, keeper)
+    os.chdir(scratch)
+    channel = socket.socket(fileno=job_fd)
+    try:
+        frame = receive(channel)
+        spec = check_spec(frame, job_id)
+    except (WireError, JobError) as error:
+        print(f"request refused: {error}", file=sys.stderr)
+        return EXIT_BAD_REQUEST
+    _surroundings(spec, scratch)
+    try:
+        mechanisms = confine_worker(spec.confinement, spec.limits)
+    except EnforcementError as error:
+        print(f"confinement: {error}", file=sys.stderr)
+        return EXIT_UNCONFINED
+    start_seconds = time.monotonic() - started
+    send_frame(channel, Started(job_id=job_id, enforcement=Enforcement(mechanisms=mechanisms)), b"", SEND_SECONDS)
+    before = ledger.take(os.getpid())
+    reserved = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FDS)]
+    status, detail, failure, value = Status.OK, "", None, b""
+    doing: Callable[[BaseException], tuple[Status, str]] = _unserializable
+    try:
+        function = unpickle(spec, frame.payload)
+        del frame
+        doing = classify
+        result = run(function)
+        doing = _unserializable
+        value = safe_dumps(result)
+    except BaseException as error:  # noqa: BLE001 - the reply says what was raised, whatever it was
+        status, detail = doing(error)
+        failure = _failure(error)
+        # What the job's frames hold, memory and descriptors, is needed for the reply.
+        for cause in _chain(error):
+            traceback.clear_frames(cause.__traceback__)
+    for fd in reserved:
+        os.close(fd)
+    leaks = ledger.compare(before, ledger.take(os.getpid()), "child")
+    files = collect(scratch) if status is Status.OK else ()
+    reply = Reply(
+        job_id=job_id,
+        status=status,
+        detail=detail,
+        failure=failure,
+        artifacts=files,
+        leaks=leaks,
+        start_seconds=start_seconds,
+    )
+    try:
+        send_reply(channel, reply, value)
+    except WireError as error:
+        print(f"reply not sent: {error}", file=sys.stderr)
+        return EXIT_NO_PARENT
+    return 0
+
+
+def receive(channel: socket.socket) -> Frame:
+    """The request frame: the spec's JSON as envelope, the payload behind it."""
+    return recv_frame(channel, max_payload=1 << 40, deadline=RECEIVE_SECONDS)
+
+
+def check_spec(frame: Frame, job_id: str) -> Spec:
+    """Validate spec and payload before anything is unpickled.
+
+    Raises:
+        JobError: naming what is wrong.
+    """
+    spec = parse_spec(frame.envelope)
+    if spec.job_id != job_id:
+        raise JobError(f"the spec of {spec.job_id} reached the worker of {job_id}")
+    check_payload(spec, frame.payload)
+    return spec
+
+
+def unpickle(spec: Spec, payload: bytes) -> Callable[[], Any]:
+    """The work to do, as a function without arguments that returns plain data."""
+    return importlib.import_module(HANDLERS[spec.kind]).prepare(spec, payload)  # type: ignore[no-any-return]
+
+
+def run(function: Callable[[], Any]) -> Any:
+    """Do the work."""
+    return function()
+
+
+def collect(scratch: Path) -> tuple[Artifact, ...]:
+    """The manifest of the files that the job hands back."""
+    return artifacts.manifest(scratch / artifacts.FOLDER)
+
+
+def send_reply(channel: socket.socket, reply: Reply, value: bytes) -> None:
+    """Send the one reply, then close the socket: nothing may follow it."""
+    send_frame(channel, reply, value, SEND_SECONDS)
+    channel.close()
+
+
+def leave(code: int) -> NoReturn:
+    """End at once: exit handlers belong to the template."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def classify(error: BaseException) -> tuple[Status, str]:
+    """Which status an exception of the job means, and one line for people."""
+    text = f"{type(error).__name__}: {error}"
+    line = text.strip().splitlines()[0][:2000] if text.strip() else type(error).__name__
+    if isinstance(error, UnserializableError):
+        return Status.UNSERIALIZABLE, line
+    for cause in _chain(error):
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return Status.MEMORY_LIMIT, f"an allocation failed under limits.memory_bytes: {line}"
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            return Status.VIOLATION, f"too many open files (limits.open_files): {line}"
+        if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
+            return Status.OUTPUT_LIMIT, f"a file larger than limits.disk_bytes: {line}"
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return Status.SANDBOX_ERROR, f"the disk of the scratch folder is full: {line}"
+    # g++ that hits RLIMIT_DATA exits with these words (GCC: libiberty/xmalloc.c; LLVM: ErrorHandling).
+    if any(words in text for words in ("out of memory allocating", "virtual memory exhausted", "std::bad_alloc")):
+        return Status.MEMORY_LIMIT, f"the C++ compiler ran out of limits.memory_bytes: {line}"
+    if isinstance(error, SystemExit):
+        return Status.CRASHED, f"the compiler called sys.exit({error.code!r})"
+    return Status.COMPILE_ERROR, line
+
+
+def _unserializable(error: BaseException) -> tuple[Status, str]:
+    """An error while unpickling the payload or pickling the result; running out of something is still that."""
+    status, detail = classify(error)
+    return (Status.UNSERIALIZABLE, detail) if status is Status.COMPILE_ERROR else (status, detail)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def _failure(error: BaseException) -> Failure:
+    text = "".join(traceback.format_exception(error))
+    return Failure(
+        module=type(error).__module__,
+        qualname=type(error).__qualname__,
+        message=str(error)[: 1 << 20],
+        traceback=text[-(1 << 16) :],
+    )
+
+
+def _plain_signals() -> None:
+    """Undo what template and keeper set."""
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    faulthandler.enable()
+
+
+def _standard_streams(stderr_fd: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(stderr_fd, 1)
+    os.dup2(stderr_fd, 2)
+    os.close(stderr_fd)
+
+
+def _surroundings(spec: Spec, scratch: Path) -> None:
+    """Own environment, home, temporary folder and cache folders; nothing of the template's."""
+    os.environ.clear()
+    os.environ.update(spec.environment)
+    os.environ.update(
+        HOME=str(scratch / "home"),
+        TMPDIR=str(scratch / "tmp"),
+        TORCHINDUCTOR_CACHE_DIR=str(scratch / artifacts.FOLDER / "inductor"),
+        TRITON_CACHE_DIR=str(scratch / artifacts.FOLDER / "triton"),
+    )
+    # `tempfile` remembers the template's folder.
+    import tempfile
+
+    tempfile.tempdir = None

@@ -1,0 +1,68 @@
+"""`python -m sandbox.enforce`: try a confinement (JSON on stdin) on this host and print what was reached (JSON).
+
+This process plays the keeper and forks one worker, as for a job. It exists so that the process that asks, which has
+many threads and must not be confined, does neither.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from sandbox import enforce, processes
+from sandbox.limits import Confinement, Limits
+from sandbox.results import Enforcement, Mechanism, State
+
+
+def main() -> int:
+    """Read, try, print. Returns the exit status."""
+    asked = Confinement.model_validate_json(sys.stdin.buffer.read())
+    # What is required is only preferred here: it is to be told, not to stop the others from being tried.
+    softened = {name: "prefer" if demand == "require" else demand for name, demand in asked.model_dump().items()}
+    confinement = Confinement.model_validate(softened)
+    states = enforce.prepare_keeper(confinement)
+    keeper = os.getpid()
+    from_worker, to_keeper = os.pipe()
+    go, start = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        status = 1
+        try:
+            found = enforce.confine_worker(confinement, Limits(), keeper)
+            os.write(to_keeper, Enforcement(mechanisms=found).model_dump_json().encode())
+            os.close(start)
+            os.read(go, 1)  # stay to be measured, until the keeper closes its end
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(to_keeper)
+    answer = os.read(from_worker, 65_536)
+    states["watchdog"] = _watch(confinement, keeper)
+    os.close(start)
+    _, status = os.waitpid(worker, 0)
+    if status or not answer:
+        print(f"the worker of the probe ended with wait status {status}", file=sys.stderr)
+        return 1
+    states |= Enforcement.model_validate_json(answer).mechanisms
+    print(json.dumps(Enforcement(mechanisms=states).model_dump(mode="json")))
+    return 0
+
+
+def _watch(confinement: Confinement, keeper: int) -> Mechanism:
+    """Whether a process tree can be measured here, by measuring this one."""
+    if confinement.watchdog == "off":
+        return Mechanism(state=State.OFF)
+    usage = processes.TreeMeter(keeper, memory_limit_bytes=0).sample()
+    if usage.processes < 1:
+        return Mechanism(state=State.UNAVAILABLE, reason="/proc does not show the processes of a job")
+    if not processes.can_read_exactly(keeper):
+        return Mechanism(
+            state=State.PARTIAL,
+            reason="no smaps_rollup here: memory shared with the forkserver counts as the job's",
+        )
+    return Mechanism(state=State.ENFORCED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The few C calls that Python 3.11 has no name for. Loaded once, in the template; usable in a fresh fork."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Final
+
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWNET: Final = 0x40000000
+
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_REC: Final = 0x4000
+MS_SLAVE: Final = 0x80000
+
+PR_SET_PDEATHSIG: Final = 1
+PR_GET_PDEATHSIG: Final = 2
+PR_GET_DUMPABLE: Final = 3
+PR_SET_DUMPABLE: Final = 4
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_GET_CHILD_SUBREAPER: Final = 37
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_GET_NO_NEW_PRIVS: Final = 39
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+_libc.prctl.restype = ctypes.c_int
+_libc.unshare.argtypes = [ctypes.c_int]
+_libc.unshare.restype = ctypes.c_int
+_libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
+_libc.mount.restype = ctypes.c_int
+_libc.capset.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_libc.capset.restype = ctypes.c_int
+
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def _check(result: int, call: str) -> int:
+    """``result``, unless it reports an error.
+
+    Raises:
+        OSError: with the errno that the call has left.
+    """
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+    return result
+
+
+def prctl(option: int, argument: int = 0) -> int:
+    """prctl(2) with one argument, a number. Raises OSError."""
+    return _check(_libc.prctl(option, argument, 0, 0, 0), f"prctl({option})")
+
+
+def prctl_read(option: int) -> int:
+    """prctl(2) that stores an int, for example `PR_GET_PDEATHSIG`. Raises OSError."""
+    value = ctypes.c_int()
+    _check(_libc.prctl(option, ctypes.addressof(value), 0, 0, 0), f"prctl({option})")
+    return value.value
+
+
+def unshare(flags: int) -> None:
+    """unshare(2). Raises OSError."""
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    """mount(2). Raises OSError."""
+    encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
+    _check(_libc.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount({target})")
+
+
+def drop_capabilities() -> None:
+    """Give up every capability of this thread: effective, permitted, inheritable. Raises OSError."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    none = (ctypes.c_uint32 * 6)()
+    _check(_libc.capset(header, none), "capset")
+
+
+def reason(error: OSError) -> str:
+    """One plain line for a refused call: what was tried, what the kernel said, and what that usually means."""
+    meaning = {
+        errno.EPERM: "not permitted: a container without CAP_SYS_ADMIN, a seccomp profile, or user namespaces off",
+        errno.EACCES: "not permitted by a security module (AppArmor, SELinux)",
+        errno.EINVAL: "this kernel was built without it",
+        errno.ENOSYS: "this kernel does not have it",
+        errno.ENOSPC: "the host's limit of namespaces is used up or zero (/proc/sys/user/max_*_namespaces)",
+        errno.EUSERS: "namespaces are nested too deep",
+    }.get(error.errno or 0)
+    return f"{error.strerror} ({meaning})" if meaning else str(error.strerror)

@@ -1,0 +1,273 @@
+"""The executor: jobs in, futures out.
+
+    submit(job) ─▶ waits for a free slot ─▶ monitor.run in a thread of the job's own ─▶ Future[JobResult]
+
+One job is one child. The executor repeats a job only when the forkserver itself failed before the child ran; what
+to do after a job's own failure is the ladder's word (:mod:`sandbox.fallback`), which the caller asks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox.errors import ForkserverError, SandboxError
+from sandbox.forkserver import Forkserver
+from sandbox.jobs import Job
+from sandbox.monitor import Cancel, run
+from sandbox.policy import Policy, load
+from sandbox.results import JobResult, LeakReport, Status
+from sandbox.report import Recorder, Stats
+
+#: How often a job is offered to a fresh forkserver when the one before died under it, a count.
+FORKSERVER_TRIES = 3
+#: Seconds that :meth:`Sandbox.close` waits for jobs that it has cancelled.
+CLOSE_SECONDS = 5.0
+
+
+class Sandbox:
+    """Runs jobs in fresh, confined, limited children.
+
+        with Sandbox("default") as sandbox:
+            future = sandbox.submit(sandbox_job)
+            result = future.result()
+
+    The forkserver starts in the background with :meth:`start` or the first job. Thread-safe. In a process that
+    the host has forked, start a new one: the old one refuses.
+    """
+
+    def __init__(self, policy: str | Path | Policy = "default", *, cache: dict[str, Path] | None = None) -> None:
+        """
+        Args:
+            policy: a shipped name, a path to a TOML file, or a Policy.
+            cache: folders that take the kernel files, by kind (`inductor`, `triton`). Default: a temporary folder.
+
+        Raises:
+            PolicyError: the policy is wrong.
+        """
+        self.policy = load(policy)
+        self.recorder = Recorder()
+        self.recorder.policy = self.policy.name
+        self._pid = os.getpid()
+        self._forkserver = Forkserver(self.policy, self.environment())
+        self._own_cache = self._forkserver.root / "cache"
+        self._cache = cache
+        self._slots = self.policy.parallel_jobs or usable_cores()
+        self._lock = threading.Lock()
+        self._tasks: dict[str, _Task] = {}
+        self._pending: deque[_Task] = deque()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        _OPEN.add(self)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the forkserver in the background, so that its warm-up overlaps with other work."""
+        self._check()
+        self._forkserver.start()
+
+    def wait_ready(self, seconds: float | None = None) -> None:
+        """Block until children can be forked.
+
+        Raises:
+            ForkserverError: the forkserver could not be started.
+        """
+        self._check()
+        self._forkserver.wait_ready(seconds)
+
+    @property
+    def forkserver_pid(self) -> int | None:
+        """Pid of the forkserver's template process, None when none is running."""
+        return self._forkserver.pid
+
+    def submit(
+        self, job: Job, *, name: str = "", step: str = "first", cache: dict[str, Path] | None = None
+    ) -> Future[JobResult]:
+        """Run ``job`` in a fresh child.
+
+        Args:
+            job: the work; its spec was validated when it was made.
+            name: what reports call it.
+            step: which step of the ladder this is, for reports.
+            cache: folders for the kernel files, instead of the sandbox's own.
+
+        Returns:
+            A future that always gets a JobResult, never an exception, whatever the child does. It can be cancelled
+            while the job waits; :meth:`cancel` also kills a running one.
+
+        Raises:
+            SandboxError: the sandbox was closed, or belongs to the process that forked this one.
+        """
+        self._check()
+        job = self._filled(job)
+        targets = cache or self._cache or {kind: self._own_cache / kind for kind in ("inductor", "triton")}
+        task = _Task(job, Future(), Cancel(), targets, name or job.spec.kind, step, time.monotonic())
+        with self._lock:
+            if self._closed:
+                task.cancel.close()
+                raise SandboxError("the sandbox was closed")
+            self._tasks[job.spec.job_id] = task
+            self._pending.append(task)
+            if len(self._threads) < self._slots:
+                thread = threading.Thread(target=self._drain, name="sandbox-job", daemon=True)
+                self._threads.add(thread)
+                thread.start()
+        return task.future
+
+    def cancel(self, job_id: str, reason: str = "cancelled by the caller") -> bool:
+        """Kill a running or waiting job; returns whether there was one. Its future gets status `cancelled`."""
+        with self._lock:
+            task = self._tasks.get(job_id)
+        if task is None:
+            return False
+        task.cancel.cancel(reason)
+        return True
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this process is a fork of the one that made the sandbox: it needs one of its own."""
+        return os.getpid() != self._pid
+
+    def stats(self) -> Stats:
+        """The counts so far."""
+        return self.recorder.snapshot(self._forkserver.restarts, float(self._forkserver.facts.get("seconds", 0.0)))
+
+    def environment(self) -> dict[str, str]:
+        """What a child may see of this process's environment now, by the policy's allow-list."""
+        exact = {name for name in self.policy.environment if not name.endswith("*")}
+        prefixes = tuple(name[:-1] for name in self.policy.environment if name.endswith("*"))
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if name in exact or (prefixes and name.startswith(prefixes))
+        }
+
+    def close(self) -> None:
+        """Cancel what runs, end the forkserver, remove every temporary file. Idempotent; takes seconds at most."""
+        if os.getpid() != self._pid:
+            return  # a fork of the host: everything belongs to the process that made it
+        with self._lock:
+            already, self._closed = self._closed, True
+            tasks, threads = list(self._tasks.values()), list(self._threads)
+        if already:
+            return
+        for task in tasks:
+            task.cancel.cancel("the sandbox was closed")
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        self._forkserver.close()
+
+    def _filled(self, job: Job) -> Job:
+        """The job with the policy's word for all that its maker left out."""
+        policy = {
+            "limits": self.policy.limits,
+            "confinement": self.policy.confinement,
+            "environment": self.environment(),
+        }
+        missing = {name: value for name, value in policy.items() if name not in job.spec.model_fields_set}
+        return Job(job.spec.model_copy(update=missing), job.payload) if missing else job
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise SandboxError("this sandbox belongs to the process that forked this one: make a new one")
+        if self._closed:
+            raise SandboxError("the sandbox was closed")
+
+    def _drain(self) -> None:
+        """One slot: run jobs until none waits. A thread lives as long as there is work."""
+        while True:
+            with self._lock:
+                if not self._pending:
+                    self._threads.discard(threading.current_thread())
+                    return
+                task = self._pending.popleft()
+            try:
+                result = self._run(task)
+            except Exception as error:  # noqa: BLE001 - the caller must get an answer; the error is in it
+                self.recorder.swallowed(error)
+                result = _failed(task.job, Status.SANDBOX_ERROR, f"{type(error).__name__}: {error}")
+            with self._lock:
+                self._tasks.pop(task.job.spec.job_id, None)
+            task.cancel.close()
+            self.recorder.job(result, task.name, task.step)
+            if not task.future.cancelled():
+                task.future.set_result(result)
+
+    def _run(self, task: _Task) -> JobResult:
+        if not task.future.set_running_or_notify_cancel():
+            return _failed(task.job, Status.CANCELLED, "the future was cancelled")
+        problem = ""
+        for _ in range(FORKSERVER_TRIES):
+            if task.cancel.reason is not None:
+                return _failed(task.job, Status.CANCELLED, task.cancel.reason)
+            try:
+                self._forkserver.wait_ready()
+                self.recorder.child()
+                queued = time.monotonic() - task.submitted
+                return run(self._forkserver, task.job, task.cancel, task.targets, queued)
+            except ForkserverError as error:
+                self.recorder.swallowed(error)
+                problem = str(error)
+        return _failed(task.job, Status.SANDBOX_ERROR, problem)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A submitted job with what belongs to it."""
+
+    job: Job
+    future: Future[JobResult]
+    cancel: Cancel
+    targets: dict[str, Path]
+    name: str
+    step: str
+    submitted: float
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, a count."""
+    return len(os.sched_getaffinity(0)) or 1
+
+
+def sweep_stale_roots() -> int:
+    """Remove the scratch roots of our own earlier processes that were killed; returns how many."""
+    removed = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"sandbox-{os.geteuid()}-*-*"):
+        try:
+            pid = int(folder.name.split("-")[2])
+            ours = folder.lstat().st_uid == os.geteuid() and folder.is_dir() and not folder.is_symlink()
+        except (ValueError, IndexError, FileNotFoundError):
+            continue  # not one of ours, or another process was faster
+        if ours and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
+    return removed
+
+
+def _failed(job: Job, status: Status, detail: str) -> JobResult:
+    return JobResult(job_id=job.spec.job_id, status=status, detail=detail, leaks=LeakReport(job_id=job.spec.job_id))
+
+
+_OPEN: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for sandbox in list(_OPEN):
+        sandbox.close()

@@ -1,0 +1,249 @@
+"""Every private PyTorch name that this package builds on, in one table, checked at start.
+
+Other modules say ``compat.GraphLowering`` and so on: the name is looked up in :data:`NAMES` on first use, so that
+importing this module imports no torch. :func:`check` looks all of them up and says what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sandbox.errors import IncompatibleTorchError
+
+#: The PyTorch releases that the table was checked against.
+VERSIONS: Final = ("2.11", "2.13")
+
+
+@dataclass(frozen=True)
+class Private:
+    """Where a private name lives: `module:attribute.path`, and the releases in which it was seen."""
+
+    where: str
+    seen: tuple[str, ...] = VERSIONS
+
+
+#: Our word for it -> where it lives. A name seen in one release only is optional, and its users ask :func:`has`.
+NAMES: Final[Mapping[str, Private]] = {
+    # The hook point and what stands behind it.
+    "compile_fx": Private("torch._inductor.compile_fx:fx_codegen_and_compile"),
+    "InProcessFxCompile": Private("torch._inductor.compile_fx:_InProcessFxCompile"),
+    "FxCompile": Private("torch._inductor.compile_fx:FxCompile"),
+    # The pickler that knows fake tensors, and what it is told.
+    "GraphPickler": Private("torch.fx._graph_pickler:GraphPickler"),
+    "GraphPicklerOptions": Private("torch.fx._graph_pickler:Options"),
+    "GraphUnpickler": Private("torch.fx._graph_pickler:_GraphUnpickler"),
+    "UnpickleState": Private("torch.fx._graph_pickler:_UnpickleState"),
+    "TensorPickleData": Private("torch.fx._graph_pickler:_TensorPickleData"),
+    "patch_pytree_map_over_slice": Private("torch.fx._graph_pickler:patch_pytree_map_over_slice"),
+    "MetaTensorDescriber": Private("torch._subclasses.meta_utils:MetaTensorDescriber"),
+    "is_opaque_value_type": Private("torch._library.opaque_object:is_opaque_value_type"),
+    "ValueRangesSLoc": Private("torch.fx.experimental.symbolic_shapes:ValueRangesSLoc"),
+    "SLoc": Private("torch._guards:SLoc"),
+    "LazyGraphModule": Private("torch.fx._lazy_graph_module:_LazyGraphModule"),
+    # Contexts of a compile.
+    "TracingContext": Private("torch._guards:TracingContext"),
+    "tracing": Private("torch._guards:tracing"),
+    "CompileContext": Private("torch._guards:CompileContext"),
+    "CompileId": Private("torch._guards:CompileId"),
+    "compile_context": Private("torch._guards:compile_context"),
+    "detect_fake_mode": Private("torch._guards:detect_fake_mode"),
+    "V": Private("torch._inductor.virtualized:V"),
+    "NullHandler": Private("torch._inductor.virtualized:NullHandler"),
+    "DebugContext": Private("torch._inductor.debug:DebugContext"),
+    # Graphs, fake tensors, symbols.
+    "FakeTensor": Private("torch._subclasses.fake_tensor:FakeTensor"),
+    "FakeTensorMode": Private("torch._subclasses.fake_tensor:FakeTensorMode"),
+    "FakeScriptObject": Private("torch._library.fake_class_registry:FakeScriptObject"),
+    "OperatorBase": Private("torch._ops:OperatorBase"),
+    "OpOverload": Private("torch._ops:OpOverload"),
+    "OpOverloadPacket": Private("torch._ops:OpOverloadPacket"),
+    "HigherOrderOperator": Private("torch._ops:HigherOrderOperator"),
+    "higher_order_ops": Private("torch._ops:_higher_order_ops"),
+    "ShapeEnv": Private("torch.fx.experimental.symbolic_shapes:ShapeEnv"),
+    "shape_env_interpreter": Private("torch.fx.experimental.symbolic_shapes:SYMPY_INTERP"),
+    "SymNode": Private("torch.fx.experimental.sym_node:SymNode"),
+    "sympy_functions": Private("torch.utils._sympy.functions"),
+    "shape_env_from_inputs": Private("torch._inductor.utils:shape_env_from_inputs"),
+    "disable_current_modes": Private("torch.utils._python_dispatch:_disable_current_modes"),
+    "OrderedSet": Private("torch.utils._ordered_set:OrderedSet"),
+    # User Triton kernels.
+    "kernel_side_table": Private("torch._higher_order_ops.triton_kernel_wrap:kernel_side_table"),
+    "triton_kernel_wrapper_functional": Private(
+        "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional"
+    ),
+    "triton_kernel_wrapper_mutation": Private(
+        "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_mutation"
+    ),
+    # The compiled graph.
+    "OutputCode": Private("torch._inductor.output_code:OutputCode"),
+    "CompiledFxGraph": Private("torch._inductor.output_code:CompiledFxGraph"),
+    "CompiledFxGraphConstantsWithGm": Private("torch._inductor.output_code:CompiledFxGraphConstantsWithGm"),
+    "GraphLowering": Private("torch._inductor.graph:GraphLowering"),
+    "CachedMetricsDeltas": Private("torch._inductor.metrics:CachedMetricsDeltas"),
+    "CachedMetricsHelper": Private("torch._inductor.metrics:CachedMetricsHelper"),
+    "metrics": Private("torch._inductor.metrics"),
+    "counters": Private("torch._dynamo.utils:counters"),
+    "PlaceholderInfo": Private("torch._inductor.cudagraph_utils:PlaceholderInfo"),
+    "CudagraphCachedInfo": Private("torch._inductor.cudagraph_utils:CudagraphCachedInfo"),
+    "GraphPartitionMap": Private("torch._inductor.utils:GraphPartitionMap"),
+    "BoxedBool": Private("torch._inductor.utils:BoxedBool"),
+    "has_frozen_params": Private("torch._inductor.freezing_utils:has_frozen_params"),
+    # Settings that travel.
+    "inductor_config": Private("torch._inductor.config"),
+    "functorch_config": Private("torch._functorch.config"),
+    "dynamo_config": Private("torch._dynamo.config"),
+    "lowering": Private("torch._inductor.lowering"),
+    "decompositions": Private("torch._inductor.decomposition:select_decomp_table"),
+    # Kernels: where they are built and loaded.
+    "async_compile": Private("torch._inductor.async_compile"),
+    "AsyncCompile": Private("torch._inductor.async_compile:AsyncCompile"),
+    "codecache": Private("torch._inductor.codecache"),
+    "CppCodeCache": Private("torch._inductor.codecache:CppCodeCache"),
+    "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
+    "structured_trace": Private("torch._logging._internal:trace_log"),
+}
+
+_EXTRA_ATTRIBUTES: Final = (
+    # Attributes that we replace or call and that no import above proves.
+    "torch._inductor.codecache:CppCodeCache.load_async",
+    "torch._inductor.codecache:CppCodeCache._load_library",
+    "torch._inductor.codecache:write",
+    "torch._inductor.codecache:_HEADER_DIR",
+    "torch._inductor.codecache:_HEADER_LOCK_DIR",
+    "torch._inductor.async_compile:AsyncCompile.use_process_pool",
+    "torch._inductor.async_compile:AsyncCompile.pool",
+    "torch._inductor.async_compile:maybe_warm_pool",
+    "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
+    "torch._inductor.graph:GraphLowering.save_output_code",
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_expr",
+)
+
+
+def _look_up(where: str) -> Any:
+    module, _, path = where.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split(".") if path else ():
+        found = getattr(found, part)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = _look_up(NAMES[name].where)
+    except (ImportError, AttributeError) as error:
+        raise IncompatibleTorchError(_complaint([f"{NAMES[name].where} ({error})"])) from None
+    # Only what never moves is kept; the hook point is looked up anew each time.
+    if name != "compile_fx":
+        globals()[name] = found
+    return found
+
+
+def has(name: str) -> bool:
+    """Whether this PyTorch has the private name that :data:`NAMES` calls ``name``."""
+    try:
+        _look_up(NAMES[name].where)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def check() -> None:
+    """Look up every private name in use.
+
+    Raises:
+        IncompatibleTorchError: naming each name that this PyTorch lacks, its version, and the versions known.
+    """
+    missing = []
+    places = [entry.where for entry in NAMES.values() if set(VERSIONS) <= set(entry.seen)]
+    for where in (*places, *_EXTRA_ATTRIBUTES):
+        try:
+            _look_up(where)
+        except (ImportError, AttributeError) as error:
+            missing.append(f"{where} ({error})")
+    if missing:
+        raise IncompatibleTorchError(_complaint(missing))
+
+
+def _complaint(missing: list[str]) -> str:
+    import torch
+
+    return (
+        f"PyTorch {torch.__version__} lacks private names that this package builds on (it was checked against "
+        f"{' and '.join(VERSIONS)}): {'; '.join(missing)}"
+    )
+
+
+Compile = Callable[..., Any]
+
+
+def replace_compile(replacement: Compile) -> Compile:
+    """Put ``replacement`` where Inductor looks `fx_codegen_and_compile` up, and return what stood there.
+
+    It is called as `(gm, example_inputs, inputs_to_check, compile_region_name=None, **graph_kwargs)`; releases
+    before 2.12 may leave `compile_region_name` out.
+    """
+    module = importlib.import_module("torch._inductor.compile_fx")
+    before: Compile = module.fx_codegen_and_compile
+    module.fx_codegen_and_compile = replacement
+    return before
+
+
+def compile_in_process(
+    gm: Any, example_inputs: Any, inputs_to_check: Any, graph_kwargs: dict[str, Any], region: str | None = None
+) -> Any:
+    """Inductor's own compile in this process, whatever stands at the hook point. Returns an OutputCode."""
+    scheme = _look_up(NAMES["InProcessFxCompile"].where)()
+    if hasattr(scheme, "compile_region_name"):
+        scheme.compile_region_name = region
+    return scheme.codegen_and_compile(gm, example_inputs, inputs_to_check, graph_kwargs)
+
+
+_pool_lock = threading.Lock()
+_warm_pool: Callable[[], None] | None = None
+
+
+def disable_worker_pool() -> None:
+    """Keep Dynamo's Inductor backend from starting Inductor's own worker processes. Idempotent."""
+    global _warm_pool
+    module = importlib.import_module("torch._inductor.async_compile")
+    with _pool_lock:
+        if _warm_pool is None:
+            _warm_pool = module.maybe_warm_pool
+            module.maybe_warm_pool = lambda: None
+
+
+def enable_worker_pool() -> None:
+    """Undo :func:`disable_worker_pool`."""
+    global _warm_pool
+    module = importlib.import_module("torch._inductor.async_compile")
+    with _pool_lock:
+        if _warm_pool is not None:
+            module.maybe_warm_pool = _warm_pool
+            _warm_pool = None
+
+
+def hints_of(shape_env: Any) -> dict[Any, Any]:
+    """Symbol -> the value it had when traced. The attribute was renamed between 2.11 and 2.13."""
+    for name in ("backed_var_to_val", "var_to_val"):
+        if hasattr(shape_env, name):
+            found: dict[Any, Any] = getattr(shape_env, name)
+            return found
+    raise IncompatibleTorchError(_complaint(["ShapeEnv.backed_var_to_val"]))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is ``value`` inside the block. For modules and classes, static and class methods included."""
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,210 @@
+"""The child's side of an `fx_graph` job: payload in, reply (plain data) out; and the template's warm-up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from sandbox.errors import UnserializableError
+from sandbox.inductor import compat, counting, kernels, logs, payload, reply
+
+
+def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> dict[str, Any]:
+    """Compile the graph of a payload and return the reply: plain builtin data only.
+
+    The caller has set `TORCHINDUCTOR_CACHE_DIR` and `TRITON_CACHE_DIR` to a folder of this job alone.
+
+    Args:
+        data: what :func:`sandbox.inductor.payload.encode` made.
+        config_overrides: Inductor settings by dotted name that replace the caller's.
+        kernel_threads: C++ kernels of this graph that are built side by side, a count.
+
+    Raises:
+        UnserializableError: when the graph cannot be rebuilt here or its result cannot be sent.
+        BaseException: whatever the compiler raises.
+    """
+    request = payload.decode(data)
+    with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        stack.enter_context(_private_folders())
+        stack.enter_context(request.contexts())
+        stack.enter_context(_threads(kernel_threads))
+        stack.enter_context(compat.inductor_config.patch(_settings(config_overrides, kernel_threads)))
+        captured = stack.enter_context(logs.captured(request.settings["loggers"]))
+        loaded = request.load()
+        stack.enter_context(compat.tracing(loaded.tracing))
+        if loaded.compile_id is not None:
+            stack.enter_context(compat.compile_context(_compile_context(loaded.compile_id)))
+        if loaded.choices is not None:
+            stack.enter_context(compat.V.set_choices_handler(loaded.choices))
+        stack.enter_context(compat.disable_current_modes())
+        stack.enter_context(compat.DebugContext())
+        constants = reply.constants_of(loaded.gm)
+        counted = counting.Counts()
+        built = stack.enter_context(kernels.recorded())
+        code = compat.compile_in_process(
+            loaded.gm, loaded.example_inputs, loaded.inputs_to_check, loaded.graph_kwargs, loaded.region
+        )
+        if not isinstance(code, compat.CompiledFxGraph):
+            raise UnserializableError("output_code", f"{type(code).__name__} is loaded in-process only")
+        value = reply.encode_graph(code, loaded.fake_mode.shape_env, constants)
+        value["kernels"] = dict(built)
+        value["counts"] = counted.deltas()
+    value["logs"] = captured.records
+    value["logs_left_out"] = captured.left_out
+    value["warnings"] = logs.warnings_data(caught)
+    return value
+
+
+def _settings(overrides: dict[str, Any], kernel_threads: int) -> dict[str, Any]:
+    known = compat.inductor_config._config
+    unknown = sorted(name for name in overrides if name not in known)
+    if unknown:
+        warnings.warn(f"no Inductor setting is called {', '.join(unknown)}; left out", stacklevel=2)
+    settings = {name: value for name, value in overrides.items() if name in known}
+    # Our own threads build C++ kernels; Inductor's worker processes are never started (see _threads).
+    settings["compile_threads"] = max(1, kernel_threads)
+    settings["worker_start_method"] = "fork"
+    return settings
+
+
+def _compile_context(compile_id: str) -> Any:
+    try:
+        return compat.CompileContext(compat.CompileId.from_string(compile_id))
+    except (AttributeError, ValueError):
+        return compat.CompileContext(None)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """A pool of ``count`` threads for C++ kernels, ended afterwards; and no worker process for Triton's."""
+    pool: list[ThreadPoolExecutor] = []
+    lock = threading.Lock()
+
+    def make() -> ThreadPoolExecutor:
+        with lock:
+            if not pool:
+                pool.append(ThreadPoolExecutor(max(1, count), thread_name_prefix="kernel"))
+            return pool[0]
+
+    with (
+        compat.replaced(compat.AsyncCompile, "pool", staticmethod(make)),
+        compat.replaced(compat.AsyncCompile, "use_process_pool", classmethod(lambda cls: False)),
+        compat.replaced(compat.async_compile, "maybe_warm_pool", lambda: None),
+    ):
+        try:
+            yield
+        finally:
+            for made in pool:
+                made.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _private_folders() -> Iterator[None]:
+    """Headers that Inductor precompiles anew go below the job's cache folder; those it has are kept in use."""
+    folder = os.path.join(compat.runtime_cache_dir(), "precompiled_headers")
+    with (
+        compat.replaced(compat.codecache, "_HEADER_DIR", folder),
+        compat.replaced(compat.codecache, "_HEADER_LOCK_DIR", os.path.join(folder, "locks")),
+    ):
+        yield
+
+
+# Warm-up ------------------------------------------------------------------------------------------------------
+
+
+def warm_up() -> None:
+    """Compile a few small graphs, so that no child repeats the probes, the header and the lazy imports.
+
+    For the template, before its first fork: afterwards this process has the one thread that it had before.
+    The folder of the precompiled header stays while this process lives; everything else is removed.
+    """
+    before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    folder = tempfile.mkdtemp(prefix="sandbox-warm-up-")
+    try:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "inductor")
+        os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
+        compat.check()
+        for data in _samples():
+            run(data, {}, 1)
+        counting.reset()
+        torch._dynamo.reset()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _forget_kernels()
+        for entry in os.listdir(os.path.join(folder, "inductor")) if os.path.isdir(folder + "/inductor") else []:
+            if entry != "precompiled_headers":
+                shutil.rmtree(os.path.join(folder, "inductor", entry), ignore_errors=True)
+
+
+def _forget_kernels() -> None:
+    """Kernels of the warm-up are gone from disk; no child may find them in memory."""
+    compat.codecache.PyCodeCache.cache_clear()
+    for name in ("CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache"):
+        getattr(compat.codecache, name).cache_clear()
+
+
+def _samples() -> list[bytes]:
+    """Payloads of small graphs that between them touch what most graphs touch."""
+    made: list[bytes] = []
+
+    def catch(gm: Any, example_inputs: Any, inputs_to_check: Any, *args: Any, **graph_kwargs: Any) -> Any:
+        graph_kwargs.pop("compile_region_name", None)
+        made.append(payload.encode(gm, example_inputs, inputs_to_check, graph_kwargs))
+        raise _Caught
+
+    def inference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(torch.nn.functional.gelu(x @ y), -1).sum(0) + torch.arange(8)
+
+    def training(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(torch.nn.functional.dropout(x @ w, 0.5), (8,)).sum()
+
+    def shapes(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x * 2]).relu().mean(0)
+
+    before = compat.replace_compile(catch)
+    quiet = compat.inductor_config.patch(compile_threads=1, fx_graph_cache=False, worker_start_method="fork")
+    try:
+        with quiet, compat.functorch_config.patch(enable_autograd_cache=False):
+            for function, arguments, dynamic in (
+                (inference, (torch.ones(8, 8), torch.ones(8, 8)), False),
+                (training, (torch.ones(8, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)), False),
+                (shapes, (torch.ones(6, 8),), True),
+            ):
+                with contextlib.suppress(Exception):
+                    torch.compile(function, dynamic=dynamic)(*arguments)
+                torch._dynamo.reset()
+    finally:
+        compat.replace_compile(before)
+    return made
+
+
+class _Caught(Exception):
+    """Ends a compile whose payload has been taken."""
+
+
+def failure_of(error: BaseException) -> Any:
+    """See :func:`sandbox.inductor.failures.failure_of`."""
+    from sandbox.inductor import failures
+
+    return failures.failure_of(error)
+
+
+def threads_of_this_process() -> int:
+    """How many OS threads this process has."""
+    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()

@@ -1,0 +1,145 @@
+"""Hooking into Inductor: `install()`, `uninstall()`, and which scheme compiles the current graph."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sandbox.errors import SandboxError
+from sandbox.inductor import compat
+from sandbox.inductor.eager import eager_class
+from sandbox.inductor.scheme import Mode, Scheme, check_mode
+from sandbox.policy import Policy, load
+from sandbox.report import Stats
+
+_lock = threading.RLock()
+_installed: Scheme | None = None
+_schemes: dict[tuple[str, str, int], Scheme] = {}
+_original: compat.Compile | None = None
+_original_save: Any = None
+#: The scheme of the graph being compiled, when a backend names one; it wins over the installed one.
+_current: contextvars.ContextVar[Scheme | None] = contextvars.ContextVar("sandbox_scheme", default=None)
+
+
+def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -> None:
+    """Compile every Inductor graph of this process in the sandbox from now on.
+
+    The forkserver starts in the background: its warm-up overlaps with what the caller does next. A second call
+    replaces policy and mode.
+
+    Args:
+        policy: a shipped name, a path to a TOML file, or a Policy.
+        mode: `subprocess` (each graph in a child), `serialize` (through the same bytes, in this process; for
+            debugging) or `normal` (in this process; counted).
+
+    Raises:
+        PolicyError: policy or mode are wrong; nothing has changed then.
+        IncompatibleTorchError: this PyTorch lacks a private name that we build on.
+    """
+    global _installed
+    scheme = scheme_for(policy, mode)
+    with _lock:
+        _installed = scheme
+
+
+def uninstall() -> None:
+    """Undo :func:`install` and end every forkserver of this process. Graphs compiled so far stay usable."""
+    global _installed, _original, _original_save
+    with _lock:
+        schemes = list(_schemes.values())
+        _schemes.clear()
+        _installed = None
+        if _original is not None:
+            compat.replace_compile(_original)
+            compat.replace_save_graph(_original_save)
+            compat.enable_worker_pool()
+            _original = None
+    for scheme in schemes:
+        scheme.close()
+
+
+def stats() -> Stats:
+    """Counts since :func:`install`. Without an installed sandbox: all zero."""
+    scheme = _installed
+    return scheme.sandbox.stats() if scheme is not None else Stats()
+
+
+def installed() -> Scheme | None:
+    """The scheme of :func:`install`, or None."""
+    return _installed
+
+
+def scheme_for(policy: str | Path | Policy, mode: str) -> Scheme:
+    """The scheme of this policy and mode, started if it is new; hooks Inductor if that is not done yet.
+
+    Raises:
+        PolicyError, IncompatibleTorchError: as :func:`install`.
+    """
+    loaded, checked = load(policy), check_mode(mode)
+    key = (loaded.model_dump_json(), checked, os.getpid())
+    with _lock:
+        scheme = _schemes.get(key)
+        if scheme is None:
+            compat.check()
+            scheme = _schemes[key] = Scheme(loaded, checked)
+            if checked == "subprocess":
+                scheme.sandbox.start()
+        _hook()
+        return scheme
+
+
+def compile_inner(scheme: Scheme, gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's `compile_fx_inner` under ``scheme``: forward graphs at once, backward graphs when they come."""
+    token = _current.set(scheme)
+    try:
+        return compat.compile_fx_inner(gm, example_inputs, **kwargs)
+    finally:
+        _current.reset(token)
+
+
+def _hook() -> None:
+    global _original, _original_save
+    if _original is None:
+        _original = compat.replace_compile(_dispatch)
+        _original_save = compat.replace_save_graph(_save_graph)
+        compat.disable_worker_pool()
+
+
+def _dispatch(
+    gm: Any,
+    example_inputs: Sequence[Any],
+    inputs_to_check: Sequence[int],
+    compile_region_name: str | None = None,
+    **graph_kwargs: Any,
+) -> Any:
+    """What stands in for Inductor's `fx_codegen_and_compile`."""
+    scheme = _current.get() or _installed
+    if scheme is None:
+        return compat.compile_in_process(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
+    if scheme.sandbox.foreign:
+        # The host has forked: this process needs a forkserver of its own.
+        scheme = scheme_for(scheme.policy, scheme.mode)
+    return scheme.compile(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
+
+
+def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:
+    """What stands in for `FxGraphCache._save_graph`: uncompiled graphs have nothing to save."""
+    if isinstance(compiled_graph, eager_class()):
+        return None
+    if _original_save is None:
+        raise SandboxError("the cache hook was called after uninstall()")
+    return _original_save(key, compiled_graph, *args, **kwargs)
+
+
+#: For `compile_fx(inner_compile=...)`.
+def inner_of(scheme: Scheme) -> Any:
+    """`compile_inner` bound to ``scheme``."""
+    return functools.partial(compile_inner, scheme)
+
+
+__all__ = ["Mode", "install", "installed", "scheme_for", "stats", "uninstall"]

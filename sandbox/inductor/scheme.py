@@ -1,0 +1,272 @@
+"""How one graph is compiled: in a child, and down the policy's ladder if that fails.
+
+graph ─▶ payload ─▶ job ─▶ child ─▶ reply ─▶ artifacts in the cache ─▶ loaded
+            │         ▲        │
+            │         └─ retry, reduced ◀─ fallback.decide ─▶ in_process │ eager │ raise
+            └─ UnserializableError ────────────┘
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import torch
+
+from sandbox import fallback
+from sandbox.errors import CompileFailed, JobError, PolicyError, SandboxError, UnserializableError, WireError
+from sandbox.executor import Sandbox, usable_cores
+from sandbox.inductor import compat, logs, payload, reply
+from sandbox.inductor.eager import eager_class
+from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
+from sandbox.policy import Policy
+from sandbox.quarantine import Quarantine
+from sandbox.results import KILLERS, JobResult, LeakReport, Status
+
+log = logging.getLogger("sandbox")
+
+Mode = Literal["normal", "serialize", "subprocess"]
+MODES: Final[tuple[str, ...]] = get_args(Mode)
+#: Kernels built side by side in one job when the policy says 0, a count at most.
+MAX_KERNEL_THREADS = 8
+
+
+def check_mode(mode: str) -> Mode:
+    """``mode``, if it is one.
+
+    Raises:
+        PolicyError: naming those that are.
+    """
+    for known in get_args(Mode):
+        if mode == known:
+            return known  # type: ignore[no-any-return]
+    raise PolicyError(f"no compile mode {mode!r}: allowed are {', '.join(MODES)}")
+
+
+class Scheme:
+    """A policy and a mode at work: compiles graphs for Inductor. Thread-safe."""
+
+    def __init__(self, policy: Policy, mode: Mode) -> None:
+        self.policy = policy
+        self.mode = mode
+        self.sandbox = Sandbox(policy)
+        self.sandbox.recorder.mode = mode
+        self.quarantine = Quarantine()
+        self._warned: set[str] = set()
+        self._warned_lock = threading.Lock()
+
+    def compile(
+        self,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        inputs_to_check: Sequence[int],
+        graph_kwargs: dict[str, Any],
+        region: str | None = None,
+    ) -> Any:
+        """One post-AOT graph to an OutputCode. Arguments as of Inductor's `fx_codegen_and_compile`.
+
+        Raises:
+            the exception that in-process Inductor would have raised, for `compile_error`.
+            CompileFailed: the ladder ends with `raise` for another status.
+        """
+        return _Compile(self, gm, example_inputs, inputs_to_check, graph_kwargs, region).run()
+
+    def close(self) -> None:
+        """End the forkserver and cancel what runs."""
+        self.sandbox.close()
+
+    def warn_once(self, reason: str, message: str) -> None:
+        """One warning per reason and process."""
+        with self._warned_lock:
+            if reason in self._warned:
+                return
+            self._warned.add(reason)
+        log.warning(message)
+
+
+class _Compile:
+    """One graph on its way."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        gm: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        inputs_to_check: Sequence[int],
+        graph_kwargs: dict[str, Any],
+        region: str | None,
+    ) -> None:
+        self.scheme = scheme
+        self.policy = scheme.policy
+        self.recorder = scheme.sandbox.recorder
+        self.gm = gm
+        self.example_inputs = example_inputs
+        self.inputs_to_check = inputs_to_check
+        self.graph_kwargs = graph_kwargs
+        self.region = region
+        self.compile_id = str(compat.CompileContext.current_compile_id() or "")
+        direction = "backward" if graph_kwargs.get("is_backward") else "forward"
+        self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
+        self.history: list[fallback.Attempt] = []
+        self.last: JobResult | None = None
+
+    def run(self) -> Any:
+        if self.scheme.mode == "normal":
+            return self._in_process("mode_normal")
+        key = graph_digest(self.gm, self.example_inputs)
+        if (entry := self.scheme.quarantine.get(key)) is not None:
+            self.recorder.fallback("quarantined")
+            self.scheme.warn_once(key, f"{self.name} is in quarantine ({entry.status}): it runs uncompiled")
+            return self._eager()
+        step: str = "first"
+        while True:
+            try:
+                output, result = self._attempt(step)
+            except UnserializableError as error:
+                result = self._no_child(Status.UNSERIALIZABLE, str(error))
+                output = None
+            if output is not None:
+                self.recorder.graph("in_child" if self.scheme.mode == "subprocess" else "in_process")
+                if self.scheme.mode == "serialize":
+                    self.recorder.reason("mode_serialize")
+                return output
+            self.last = result
+            if result.status in KILLERS:
+                self.scheme.quarantine.add(key, result.status, result.job_id)
+            self.history.append(fallback.Attempt(step=step, status=result.status))  # type: ignore[arg-type]
+            step = fallback.decide(self.policy, result.status, tuple(self.history))
+            self.recorder.fallback(step)
+            log.log(
+                logging.INFO if step == "raise" else logging.WARNING,
+                "%s: %s: %s; next: %s",
+                result.job_id, result.status.value, result.detail, step,
+                extra={"job_id": result.job_id},
+            )  # fmt: skip
+            if step == "in_process":
+                return self._in_process(_reason(result))
+            if step == "eager":
+                return self._eager()
+            if step == "raise":
+                self.recorder.graph("raised")
+                raise self._exception(result)
+
+    def _attempt(self, step: str) -> tuple[Any, JobResult]:
+        """One child. Returns the loaded artifact, or None, and how the child ended."""
+        overrides: dict[str, Scalar] = dict(self.policy.reduced) if step == "reduced" else {}
+        data = payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs)
+        sandbox = self.scheme.sandbox
+        spec = FxGraphSpec(
+            job_id=new_job_id(),
+            payload_sha256=digest(data),
+            payload_bytes=len(data),
+            limits=self.policy.limits,
+            confinement=self.policy.confinement,
+            gpu=self.policy.gpu,
+            kernel_threads=self.policy.kernel_threads or min(usable_cores(), MAX_KERNEL_THREADS),
+            compile_id=self.compile_id[:64] or None,
+            environment=sandbox.environment(),
+            config_overrides=overrides,
+        )
+        try:
+            job = Job(spec, data)
+        except JobError as error:
+            raise UnserializableError("payload_too_large", str(error)) from None
+        if self.scheme.mode == "serialize":
+            return self._serialized(spec, data)
+        future = sandbox.submit(job, name=self.name, step=step, cache=cache_folders())
+        result = self._wait(future, spec.job_id)
+        if not result.ok:
+            if result.leaks.leaks:
+                log.warning("%s left behind: %s", result.job_id, result.leaks.counts())
+            return None, result
+        try:
+            return self._load(result.value, result.job_id), result
+        except WireError as error:
+            return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
+        except OSError as error:
+            return None, self._no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
+
+    def _wait(self, future: Future[JobResult], job_id: str) -> JobResult:
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C in the caller: the child must not go on.
+            self.scheme.sandbox.cancel(job_id, "the caller was interrupted")
+            raise
+
+    def _load(self, value: Any, job_id: str) -> Any:
+        logs.replay(value, job_id)
+        output = reply.decode_graph(value, self.gm, self.graph_kwargs, self.inputs_to_check, self.example_inputs)
+        if hasattr(output, "compile_region_name"):
+            output.compile_region_name = self.region
+        return output
+
+    def _serialized(self, spec: FxGraphSpec, data: bytes) -> tuple[Any, JobResult]:
+        """The mode `serialize`: through payload and reply, but in this process. For debugging."""
+        from sandbox.inductor import compile as child_side
+
+        value = child_side.run(data, spec.config_overrides, spec.kernel_threads)
+        result = JobResult(job_id=spec.job_id, status=Status.OK, leaks=LeakReport(job_id=spec.job_id))
+        return self._load(value, spec.job_id), result
+
+    def _in_process(self, reason: str) -> Any:
+        self.recorder.graph("in_process")
+        self.recorder.reason(reason)
+        if reason != "mode_normal":
+            self.scheme.warn_once(reason, f"{self.name} is compiled in this process: {reason}")
+        return compat.compile_in_process(
+            self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
+        )
+
+    def _eager(self) -> Any:
+        self.recorder.graph("eager")
+        return eager_class()(self.gm)
+
+    def _no_child(self, status: Status, detail: str, job_id: str = "") -> JobResult:
+        job_id = job_id or new_job_id()
+        return JobResult(job_id=job_id, status=status, detail=detail, leaks=LeakReport(job_id=job_id))
+
+    def _exception(self, result: JobResult) -> BaseException:
+        if result.status is Status.COMPILE_ERROR and result.failure is not None:
+            error = reply.rebuild_exception(result.failure)
+            error.add_note(f"raised in the sandboxed child of {result.job_id}:\n{result.failure.traceback}")
+            return error
+        error = CompileFailed(result.status.value, result.detail, result.job_id)
+        if result.stderr_tail:
+            error.add_note(f"the child's last words:\n{result.stderr_tail[-4000:]}")
+        return error
+
+
+def _reason(result: JobResult) -> str:
+    """The short word under which an in-process compile is counted."""
+    if result.status is Status.UNSERIALIZABLE:
+        return f"unserializable: {result.detail.partition(':')[0].strip()[:60]}"
+    return result.status.value
+
+
+def graph_digest(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
+    """What a graph is remembered by: SHA-256 over its code and the shapes, strides and types of its inputs."""
+    parts = [torch.__version__, str(gm.graph)]
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor):
+            parts.append(f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}")
+        else:
+            parts.append(f"{type(value).__name__} {value}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def cache_folders() -> dict[str, Path]:
+    """The user's cache folders now, by kind of artifact."""
+    inductor = Path(compat.runtime_cache_dir())
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    triton = os.environ.get("TRITON_CACHE_DIR")
+    return {"inductor": inductor, "triton": Path(triton) if triton else inductor / "triton" / str(device)}
+
+
+__all__ = ["MODES", "Mode", "SandboxError", "Scheme", "check_mode"]

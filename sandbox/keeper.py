@@ -1,0 +1,179 @@
+"""The keeper: one small process per job that owns the job's process tree.
+
+It is subreaper of the tree, so that nothing can leave it: not by setsid, not by a double fork. It waits for the
+worker's end, for the parent's order to kill, and for the parent's death, whichever comes first; then it kills
+what is left of the tree, removes what the job left in the kernel (semaphores, shared memory), tells the parent
+with an `exited` frame, and ends. It runs no code of the job. It lives on if the template dies: so a job in
+flight is not lost with the forkserver.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sandbox import child, ledger
+from sandbox.enforce import prepare_keeper
+from sandbox.errors import EnforcementError, WireError
+from sandbox.limits import Confinement
+from sandbox.processes import descendants, kill_tree, reap
+from sandbox.results import Enforcement, Leak, Mechanism, State
+from sandbox.wire import Exited, KeeperReady, send_frame
+
+#: Seconds that a frame to the parent may take; the parent reads all the time, so this is only a guard.
+SEND_SECONDS = 5.0
+
+
+def main(request: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Run in the fork of the template. ``fds``: the job's socket, its stderr pipe, the keeper's socket."""
+    code = 1
+    try:
+        job_fd, stderr_fd, keeper_fd = fds
+        _keep_only({job_fd, stderr_fd, keeper_fd})
+        code = _keep(request, job_fd, stderr_fd, socket.socket(fileno=keeper_fd))
+    except BaseException:  # noqa: BLE001 - a fork of the template must never return into its loop
+        _say(fds, traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def _say(fds: list[int], text: str) -> None:
+    """Our own failure, where the parent reads the job's stderr; the template's log if that pipe is gone."""
+    try:
+        os.write(fds[1], text.encode())
+    except (OSError, IndexError):
+        os.write(2, text.encode())
+
+
+def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.socket) -> int:
+    os.setsid()
+    job_id: str = request["job_id"]
+    scratch = Path(request["scratch"])
+    confinement = Confinement.model_validate_json(request["confinement"])
+    # Before SIGCHLD is watched: the wake-up pipe makes `poll` return when any process of the tree ends.
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        mechanisms = prepare_keeper(confinement)
+    except EnforcementError as error:
+        send_frame(parent, Exited(job_id=job_id, refused=str(error)), b"", SEND_SECONDS)
+        return 0
+    before = ledger.take()
+    worker = os.fork()
+    if worker == 0:
+        signal.set_wakeup_fd(-1)
+        for fd in (wake_read, wake_write, parent.fileno()):
+            os.close(fd)
+        child.main(job_id, scratch, job_fd, stderr_fd)  # never returns
+    os.close(job_fd)
+    tree = _Tree(worker, mechanisms)
+    try:
+        ready = KeeperReady(job_id=job_id, pid=worker, enforcement=Enforcement(mechanisms=mechanisms))
+        send_frame(parent, ready, b"", SEND_SECONDS)
+        _wait(parent, wake_read, tree)
+    except WireError:
+        tree.orphaned = True  # the parent is gone: clean up all the same
+    leaks, killed = _clean(tree, before, scratch)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if tree.orphaned:
+        shutil.rmtree(scratch, ignore_errors=True)
+        return 0
+    exited = Exited(
+        job_id=job_id,
+        exit_code=None if tree.status is None or tree.status < 0 else tree.status,
+        signal=-tree.status if tree.status is not None and tree.status < 0 else None,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        max_rss_bytes=usage.ru_maxrss * 1024,
+        leaks=tuple(leaks),
+        killed_processes=killed,
+    )
+    try:
+        send_frame(parent, exited, b"", SEND_SECONDS)
+    except WireError:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return 0
+
+
+class _Tree:
+    """What the keeper knows of the job's processes."""
+
+    def __init__(self, worker: int, mechanisms: dict[str, Mechanism]) -> None:
+        self.worker = worker
+        self.mechanisms = mechanisms
+        self.status: int | None = None  # exit code, or the negative signal, once the worker has ended
+        self.orphaned = False  # the parent is gone
+        self.ordered = False  # the parent ordered the kill
+        self.pids = {worker}  # every process of the job that was seen
+
+    def note(self, pid: int, status: int, _cpu_seconds: float) -> None:
+        """A process of the tree was collected."""
+        self.pids.add(pid)
+        if pid == self.worker:
+            self.status = os.waitstatus_to_exitcode(status)
+
+    def has(self, mechanism: str) -> bool:
+        """Whether a mechanism is fully enforced on this job."""
+        found = self.mechanisms.get(mechanism)
+        return found is not None and found.state is State.ENFORCED
+
+
+def _wait(parent: socket.socket, wake_read: int, tree: _Tree) -> None:
+    """Until the worker has ended, or the parent orders the kill, or is gone."""
+    poll = select.poll()
+    poll.register(parent.fileno(), select.POLLIN)
+    poll.register(wake_read, select.POLLIN)
+    while tree.status is None:
+        for fd, _events in poll.poll():
+            if fd == wake_read:
+                os.read(wake_read, 4096)
+            else:
+                order = parent.recv(1)
+                tree.ordered = True
+                tree.orphaned = not order
+                return
+        reap(tree.note)
+
+
+def _clean(tree: _Tree, before: ledger.Snapshot, scratch: Path) -> tuple[list[Leak], int]:
+    """Kill what is left of the tree, then remove what it left in the kernel."""
+    left = descendants(os.getpid())
+    pids = {process.pid for process in left}
+    tree.pids |= pids
+    # Where /dev/shm is shared with the host, what the job's processes hold open is how its objects are known.
+    inodes = set() if tree.has("mount_namespace") else ledger.mapped_inodes(pids)
+    killed = kill_tree(os.getpid(), on_reaped=tree.note)
+    after = ledger.take(folders=(scratch / "tmp",))
+    evidence = ledger.Evidence(
+        own_shm=tree.has("mount_namespace"),
+        own_ipc=tree.has("ipc_namespace"),
+        own_folders=True,
+        pids=frozenset(tree.pids),
+        inodes=frozenset(inodes),
+    )
+    # Descriptors and processes of the keeper itself are not the job's.
+    held = [each for each in ledger.differences(before, after) if each.kind not in ("fd", "process", "thread")]
+    leaks = list(ledger.reclaim(held, evidence))
+    if not tree.ordered:
+        survivors = (process for process in left if process.pid != tree.worker)
+        leaks += [
+            Leak(kind="process", object=f"pid {p.pid} {p.command}", owner="child", reclaimed=True) for p in survivors
+        ]
+    return leaks, killed
+
+
+def _keep_only(keep: set[int]) -> None:
+    """Close every descriptor but 0, 1, 2 and ``keep``."""
+    low = 3
+    for fd in sorted(keep):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))

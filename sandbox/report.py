@@ -1,0 +1,164 @@
+"""Counts of what happened, for reports: the models that `sandbox.stats()` and `--report` give."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+
+from pydantic import BaseModel, ConfigDict
+
+from sandbox.results import JobResult, LeakReport, Usage
+
+#: Rows of single jobs that are kept, a count; the counters go on beyond it.
+MAX_ROWS = 2000
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class JobRow(_Model):
+    """One child, for tables."""
+
+    job_id: str
+    name: str
+    """What was compiled: the graph's name and Dynamo's compile id, or the function."""
+    step: str
+    """Which step of the ladder started it: `first`, `retry` or `reduced`."""
+    status: str
+    detail: str
+    usage: Usage
+    leaks: int
+    artifacts: int
+    enforcement: dict[str, str]
+
+
+class Stats(_Model):
+    """What happened in this process so far. All numbers are counts unless a unit is named."""
+
+    policy: str = ""
+    mode: str = ""
+    graphs: int = 0
+    """Graphs that were given to the sandbox to compile; cache hits never reach it."""
+    in_child: int = 0
+    """Graphs whose artifact came from a child."""
+    in_process: int = 0
+    """Graphs compiled in this process."""
+    eager: int = 0
+    """Graphs that run uncompiled."""
+    raised: int = 0
+    """Graphs whose compile raised to the caller."""
+    in_process_reasons: dict[str, int] = {}
+    """Why graphs were compiled in this process, a count per reason."""
+    outcomes: dict[str, int] = {}
+    """How children ended, a count per status."""
+    fallbacks: dict[str, int] = {}
+    """Steps of the ladder that were taken after a failure, a count per step."""
+    leaks: dict[str, int] = {}
+    """What jobs left behind, a count per kind."""
+    children_started: int = 0
+    forkserver_restarts: int = 0
+    forkserver_seconds: float = 0.0
+    """Start and warm-up of the newest forkserver, in seconds."""
+    enforcement: dict[str, str] = {}
+    """State per mechanism: the weakest that any job saw."""
+    swallowed: dict[str, int] = {}
+    """Errors of ours that were survived without telling the caller, a count per kind."""
+    jobs: tuple[JobRow, ...] = ()
+    """The newest jobs, at most 2,000."""
+
+
+_WEAKEST = ("unavailable", "partial", "off", "enforced")
+
+
+class Recorder:
+    """Collects the counts. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.policy = ""
+        self.mode = ""
+        self._graphs: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+        self._leaks: Counter[str] = Counter()
+        self._swallowed: Counter[str] = Counter()
+        self._enforcement: dict[str, str] = {}
+        self._rows: deque[JobRow] = deque(maxlen=MAX_ROWS)
+        self._children = 0
+
+    def graph(self, where: str) -> None:
+        """A graph is settled. ``where``: `in_child`, `in_process`, `eager` or `raised`."""
+        with self._lock:
+            self._graphs[where] += 1
+
+    def reason(self, reason: str) -> None:
+        """Why a graph is compiled in this process."""
+        with self._lock:
+            self._reasons[reason] += 1
+
+    def fallback(self, step: str) -> None:
+        """A step of the ladder was taken."""
+        with self._lock:
+            self._fallbacks[step] += 1
+
+    def swallowed(self, error: BaseException) -> None:
+        """An error of ours was survived."""
+        with self._lock:
+            self._swallowed[type(error).__name__] += 1
+
+    def child(self) -> None:
+        """A child was started."""
+        with self._lock:
+            self._children += 1
+
+    def host_leaks(self, report: LeakReport) -> None:
+        """Leaks that belong to no single job."""
+        with self._lock:
+            self._leaks.update(report.counts())
+
+    def job(self, result: JobResult, name: str, step: str) -> None:
+        """A child has ended."""
+        states = result.enforcement.states()
+        row = JobRow(
+            job_id=result.job_id,
+            name=name,
+            step=step,
+            status=result.status.value,
+            detail=result.detail,
+            usage=result.usage,
+            leaks=len(result.leaks.leaks),
+            artifacts=len(result.artifacts),
+            enforcement=states,
+        )
+        with self._lock:
+            self._outcomes[result.status.value] += 1
+            self._leaks.update(result.leaks.counts())
+            for mechanism, state in states.items():
+                known = self._enforcement.get(mechanism, state)
+                self._enforcement[mechanism] = min(known, state, key=_WEAKEST.index)
+            self._rows.append(row)
+
+    def snapshot(self, restarts: int = 0, forkserver_seconds: float = 0.0) -> Stats:
+        """The counts as a model."""
+        with self._lock:
+            return Stats(
+                policy=self.policy,
+                mode=self.mode,
+                graphs=sum(self._graphs.values()),
+                in_child=self._graphs["in_child"],
+                in_process=self._graphs["in_process"],
+                eager=self._graphs["eager"],
+                raised=self._graphs["raised"],
+                in_process_reasons=dict(self._reasons),
+                outcomes=dict(self._outcomes),
+                fallbacks=dict(self._fallbacks),
+                leaks=dict(self._leaks),
+                children_started=self._children,
+                forkserver_restarts=restarts,
+                forkserver_seconds=forkserver_seconds,
+                enforcement=dict(sorted(self._enforcement.items())),
+                swallowed=dict(self._swallowed),
+                jobs=tuple(self._rows),
+            )

@@ -1,0 +1,95 @@
+"""Fixtures: sandboxes with a light and with the full template, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import sandbox
+from sandbox import ledger
+from sandbox.policy import ForkserverSettings, Policy
+
+HERE = Path(__file__).parent
+# The template imports `faultpoints` from here; it takes over this process's search path.
+sys.path.insert(0, str(HERE))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process and the host hold that a job could leave behind."""
+
+    fds: int
+    posix: frozenset[str]
+    sysv: frozenset[tuple[str, int]]
+    children: frozenset[int]
+    temporary: frozenset[str]
+
+
+def held(pid: int | None = None) -> Held:
+    """Counts and names, for a comparison before and after."""
+    now = ledger.take(pid)
+    return Held(
+        fds=len(now.fds),
+        posix=frozenset(now.posix),
+        sysv=frozenset((kind, number) for kind, number in now.sysv),
+        children=frozenset(process.pid for process in now.processes.values()),
+        temporary=frozenset(os.listdir(tempfile.gettempdir())),
+    )
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
+    """Whether ``condition`` becomes true within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every temporary file of the tests, and Inductor's cache, in a folder of this run."""
+    folder = tmp_path_factory.mktemp("tmp")
+    before = {name: os.environ.get(name) for name in ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "HOME")}
+    os.environ.update(TMPDIR=str(folder), TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"))
+    tempfile.tempdir = None
+    yield
+    tempfile.tempdir = None
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def light_policy(**changes: object) -> Policy:
+    """A policy whose template has no torch: it starts in 0.2 s, for tests of the process machinery."""
+    settings = {"forkserver": ForkserverSettings(import_torch=False, preload=("faultpoints",)), **changes}
+    return Policy(name="light", environment=("PATH", "LANG", "SANDBOX_TEST_*"), **settings)
+
+
+@pytest.fixture(scope="session")
+def light() -> Iterator[sandbox.Sandbox]:
+    """A sandbox without torch."""
+    with sandbox.Sandbox(light_policy()) as one:
+        one.wait_ready()
+        yield one
+
+
+@pytest.fixture
+def nothing_left(light: sandbox.Sandbox) -> Iterator[None]:
+    """Fails the test if it leaves a descriptor, semaphore, segment, process or temporary file behind."""
+    template = light.forkserver_pid
+    here, there = held(), held(template)
+    yield
+    assert light.forkserver_pid == template, "the template died"
+    # A keeper reports before it ends, so its end may be seen a few milliseconds later.
+    assert eventually(lambda: held() == here and held(template) == there), (held(), here, held(template), there)
