@@ -43,7 +43,7 @@ SEND_SECONDS = 600.0
 #: The module that does each kind of job: `prepare(spec, payload)` unpickles and returns the work as a function
 #: without arguments. By name, so that a worker imports only what its job needs.
 HANDLERS = {
-    "fx_graph": "sandbox.inductor.compile",
+    "fx_graph": "sandbox.inductor.job",
     "triton_kernel": "sandbox.triton.kernel",
     "callable": "sandbox.callables",
 }

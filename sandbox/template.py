@@ -58,10 +58,10 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
     """Import and warm up as the policy says; returns facts for the parent."""
     started = time.monotonic()
     if settings["import_torch"]:
-        from sandbox.inductor import compile as inductor_compile
-
+        # By name, as a worker does it: this module itself knows no torch.
+        importlib.import_module("sandbox.inductor.job")
         if settings["warm_up"]:
-            inductor_compile.warm_up()
+            importlib.import_module("sandbox.inductor.compile").warm_up()
     for module in settings["preload"]:
         importlib.import_module(module)
     threads = thread_count()

@@ -86,7 +86,7 @@ def reason(error: OSError) -> str:
     meaning = {
         errno.EPERM: "not permitted: a container without CAP_SYS_ADMIN, a seccomp profile, or user namespaces off",
         errno.EACCES: "not permitted by a security module (AppArmor, SELinux)",
-        errno.EINVAL: "this kernel was built without it",
+        errno.EINVAL: "this kernel was built without it, or the process has several threads",
         errno.ENOSYS: "this kernel does not have it",
         errno.ENOSPC: "the host's limit of namespaces is used up or zero (/proc/sys/user/max_*_namespaces)",
         errno.EUSERS: "namespaces are nested too deep",

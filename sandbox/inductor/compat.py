@@ -31,6 +31,8 @@ class Private:
 NAMES: Final[Mapping[str, Private]] = {
     # The hook point and what stands behind it.
     "compile_fx": Private("torch._inductor.compile_fx:fx_codegen_and_compile"),
+    "compile_fx_inner": Private("torch._inductor.compile_fx:compile_fx_inner"),
+    "whole_compile_fx": Private("torch._inductor.compile_fx:compile_fx"),
     "InProcessFxCompile": Private("torch._inductor.compile_fx:_InProcessFxCompile"),
     "FxCompile": Private("torch._inductor.compile_fx:FxCompile"),
     # The pickler that knows fake tensors, and what it is told.
@@ -118,6 +120,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.async_compile:AsyncCompile.use_process_pool",
     "torch._inductor.async_compile:AsyncCompile.pool",
     "torch._inductor.async_compile:maybe_warm_pool",
+    "torch._inductor.codecache:FxGraphCache._save_graph",
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
     "torch._inductor.graph:GraphLowering.save_output_code",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_expr",
@@ -192,6 +195,17 @@ def replace_compile(replacement: Compile) -> Compile:
     module = importlib.import_module("torch._inductor.compile_fx")
     before: Compile = module.fx_codegen_and_compile
     module.fx_codegen_and_compile = replacement
+    return before
+
+
+def replace_save_graph(replacement: Any) -> Any:
+    """Put ``replacement`` where Inductor saves a compiled graph in its cache, and return what stood there.
+
+    It is called as `(key, compiled_graph, example_inputs, local, remote_cache)`.
+    """
+    cache = importlib.import_module("torch._inductor.codecache").FxGraphCache
+    before = cache._save_graph
+    cache._save_graph = staticmethod(replacement)
     return before
 
 

@@ -130,6 +130,7 @@ def warm_up() -> None:
     For the template, before its first fork: afterwards this process has the one thread that it had before.
     The folder of the precompiled header stays while this process lives; everything else is removed.
     """
+    _no_progress_thread()
     before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     folder = tempfile.mkdtemp(prefix="sandbox-warm-up-")
     try:
@@ -150,6 +151,13 @@ def warm_up() -> None:
         for entry in os.listdir(os.path.join(folder, "inductor")) if os.path.isdir(folder + "/inductor") else []:
             if entry != "precompiled_headers":
                 shutil.rmtree(os.path.join(folder, "inductor", entry), ignore_errors=True)
+
+
+def _no_progress_thread() -> None:
+    """tqdm starts a thread that watches progress bars, which a process that forks must not have."""
+    tqdm = getattr(torch.hub, "tqdm", None)
+    if tqdm is not None and hasattr(tqdm, "monitor_interval"):
+        tqdm.monitor_interval = 0
 
 
 def _forget_kernels() -> None:

@@ -16,6 +16,7 @@ import operator
 import pickle
 import threading
 import types
+import warnings
 import weakref
 from typing import Any, Final
 
@@ -72,6 +73,9 @@ class Pickler(pickle.Pickler):
             return _make_graph_module, (_module_state(obj), _graph_data(obj.graph))
         if isinstance(obj, compat.OperatorBase | compat.OpOverloadPacket):
             return _make_op, _op_name(obj)
+        if isinstance(obj, compat.FakeTensorMode):
+            # Descriptions of views hold the mode of their base.
+            return _make_fake_mode, (self._token,)
         if isinstance(obj, compat.ShapeEnv):
             return _make_shape_env, (self._token, _env_state(obj))
         if isinstance(obj, _SYMBOLIC):
@@ -126,7 +130,10 @@ def by_value(obj: Any) -> bytes:
         UnserializableError: when dill cannot.
     """
     try:
-        return bytes(dill.dumps(obj, byref=False, recurse=True))
+        with warnings.catch_warnings():
+            # dill warns of what it raises next.
+            warnings.simplefilter("ignore", dill.PicklingWarning)
+            return bytes(dill.dumps(obj, byref=False, recurse=True))
     except Exception as error:  # noqa: BLE001 - whatever a user's object raises while it is pickled
         raise UnserializableError("by_value", f"{obj!r:.120}: {type(error).__name__}: {error}") from None
 
@@ -184,6 +191,10 @@ def _make_attribute(module: str, name: str) -> Any:
 
 def _make_fake(state: Any, data: Any) -> Any:
     return data.unpickle(state)
+
+
+def _make_fake_mode(state: Any) -> Any:
+    return state.fake_mode
 
 
 def _make_generator(device: str) -> torch.Generator:

@@ -22,11 +22,11 @@ import torch
 from sandbox import fallback
 from sandbox.errors import CompileFailed, JobError, PolicyError, SandboxError, UnserializableError, WireError
 from sandbox.executor import Sandbox, usable_cores
-from sandbox.inductor import compat, logs, payload, reply
+from sandbox.inductor import compat, failures, logs, payload, reply
 from sandbox.inductor.eager import eager_class
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
-from sandbox.policy import Policy
-from sandbox.quarantine import Quarantine
+from sandbox.policy import Policy, Step
+from sandbox.quarantine import Entry, Quarantine
 from sandbox.results import KILLERS, JobResult, LeakReport, Status
 
 log = logging.getLogger("sandbox")
@@ -114,18 +114,23 @@ class _Compile:
         direction = "backward" if graph_kwargs.get("is_backward") else "forward"
         self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
         self.history: list[fallback.Attempt] = []
-        self.last: JobResult | None = None
 
     def run(self) -> Any:
         if self.scheme.mode == "normal":
             return self._in_process("mode_normal")
         key = graph_digest(self.gm, self.example_inputs)
         if (entry := self.scheme.quarantine.get(key)) is not None:
-            self.recorder.fallback("quarantined")
-            self.scheme.warn_once(key, f"{self.name} is in quarantine ({entry.status}): it runs uncompiled")
-            return self._eager()
-        step: str = "first"
+            return self._quarantined(entry)
+        step: Step | fallback.ChildStep = "first"
+        result = self._no_child(Status.CANCELLED, "not started")
         while True:
+            if step == "in_process":
+                return self._in_process(_reason(result))
+            if step == "eager":
+                return self._eager()
+            if step == "raise":
+                self.recorder.graph("raised")
+                raise self._exception(result)
             try:
                 output, result = self._attempt(step)
             except UnserializableError as error:
@@ -136,30 +141,38 @@ class _Compile:
                 if self.scheme.mode == "serialize":
                     self.recorder.reason("mode_serialize")
                 return output
-            self.last = result
             if result.status in KILLERS:
                 self.scheme.quarantine.add(key, result.status, result.job_id)
-            self.history.append(fallback.Attempt(step=step, status=result.status))  # type: ignore[arg-type]
-            step = fallback.decide(self.policy, result.status, tuple(self.history))
-            self.recorder.fallback(step)
+            self.history.append(fallback.Attempt(step=step, status=result.status))
+            history = tuple(self.history)
             log.log(
-                logging.INFO if step == "raise" else logging.WARNING,
-                "%s: %s: %s; next: %s",
-                result.job_id, result.status.value, result.detail, step,
+                logging.INFO if result.status is Status.COMPILE_ERROR else logging.WARNING,
+                "%s: %s: %s: %s",
+                self.name,
+                result.job_id,
+                result.detail,
+                fallback.explain(self.policy, result.status, history),
                 extra={"job_id": result.job_id},
-            )  # fmt: skip
-            if step == "in_process":
-                return self._in_process(_reason(result))
-            if step == "eager":
-                return self._eager()
-            if step == "raise":
-                self.recorder.graph("raised")
-                raise self._exception(result)
+            )
+            step = fallback.decide(self.policy, result.status, history)
+            self.recorder.fallback(step)
 
-    def _attempt(self, step: str) -> tuple[Any, JobResult]:
+    def _quarantined(self, entry: Entry) -> Any:
+        """A graph that has killed a child gets no second one."""
+        step = fallback.decide_quarantined(self.policy, entry.status)
+        self.recorder.fallback("quarantined")
+        self.recorder.fallback(step)
+        detail = f"{self.name} is in quarantine: {entry.job_id} ended with {entry.status.value}"
+        self.scheme.warn_once(entry.digest, f"{detail}; next: {step}")
+        if step == "eager":
+            return self._eager()
+        self.recorder.graph("raised")
+        raise CompileFailed(entry.status.value, detail, entry.job_id)
+
+    def _attempt(self, step: fallback.ChildStep) -> tuple[Any, JobResult]:
         """One child. Returns the loaded artifact, or None, and how the child ended."""
         overrides: dict[str, Scalar] = dict(self.policy.reduced) if step == "reduced" else {}
-        data = payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs)
+        data = payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
         sandbox = self.scheme.sandbox
         spec = FxGraphSpec(
             job_id=new_job_id(),
@@ -201,11 +214,10 @@ class _Compile:
             raise
 
     def _load(self, value: Any, job_id: str) -> Any:
-        logs.replay(value, job_id)
-        output = reply.decode_graph(value, self.gm, self.graph_kwargs, self.inputs_to_check, self.example_inputs)
-        if hasattr(output, "compile_region_name"):
-            output.compile_region_name = self.region
-        return output
+        logs.replay_logs(value, job_id)
+        return reply.decode_graph(
+            value, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
+        )
 
     def _serialized(self, spec: FxGraphSpec, data: bytes) -> tuple[Any, JobResult]:
         """The mode `serialize`: through payload and reply, but in this process. For debugging."""
@@ -234,8 +246,8 @@ class _Compile:
 
     def _exception(self, result: JobResult) -> BaseException:
         if result.status is Status.COMPILE_ERROR and result.failure is not None:
-            error = reply.rebuild_exception(result.failure)
-            error.add_note(f"raised in the sandboxed child of {result.job_id}:\n{result.failure.traceback}")
+            error = failures.rebuild_exception(result.failure)
+            error.add_note(f"raised in the sandboxed child of {result.job_id}")
             return error
         error = CompileFailed(result.status.value, result.detail, result.job_id)
         if result.stderr_tail:

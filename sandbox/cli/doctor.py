@@ -1,0 +1,218 @@
+"""`sandbox doctor`: what is really enforced on this host, found out by trying it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Any
+
+from sandbox import callable_job, enforce
+from sandbox.cli.output import FAILED, OK, add_json, add_policy, console, only_ours_on_stdout, print_json, size, subcommand
+from sandbox.errors import SandboxError
+from sandbox.executor import Sandbox, usable_cores
+from sandbox.limits import Confinement
+from sandbox.policy import Policy, load
+from sandbox.results import Enforcement, JobResult, Mechanism, State
+
+_HELP = """\
+Tells what is really enforced on this host: it starts a forkserver, runs a small job in a confined child, and shows
+that child's own report, beside the facts of the host that matter.
+
+example:
+  sandbox doctor --policy production
+
+exit codes: 0 the host gives what the policy requires; 1 it does not (one sentence for each thing that is missing);
+2 no such policy
+"""
+#: Seconds for the forkserver without torch and the small job, together.
+_CHILD_SECONDS = 60.0
+#: Seconds for `g++ --version`.
+_TOOL_SECONDS = 20.0
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subcommand(commands, "doctor", "what is really enforced on this host", _HELP)
+    add_policy(parser)
+    add_json(parser)
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    policy = load(arguments.policy)
+    with only_ours_on_stdout():
+        host = host_facts()
+        problems, warnings = _judge_host(host)
+        mechanisms: dict[str, Mechanism] = {}
+        try:
+            mechanisms |= enforce.probe(policy.confinement).mechanisms
+        except SandboxError as problem:
+            problems.append(str(problem))
+        result = _small_job(policy)
+        # A child's own word counts more than that of the probe.
+        mechanisms |= result.enforcement.mechanisms
+        if not result.ok:
+            problems.append(f"A small job in a child ended with {result.status.value}: {result.detail}")
+    missing, partial = judge(policy.confinement, Enforcement(mechanisms=mechanisms))
+    problems += missing
+    warnings += partial
+    report = {
+        "ok": not problems,
+        "policy": policy.name,
+        "enforcement": {name: mechanism.state.value for name, mechanism in sorted(mechanisms.items())},
+        "reasons": {name: mechanism.reason for name, mechanism in sorted(mechanisms.items()) if mechanism.reason},
+        "demands": policy.confinement.model_dump(),
+        "host": host,
+        "child": {"status": result.status.value, "usage": result.usage.model_dump()},
+        "problems": problems,
+        "warnings": warnings,
+    }
+    if arguments.json:
+        print_json(report)
+    else:
+        _print(report, result)
+    return FAILED if problems else OK
+
+
+def judge(confinement: Confinement, enforcement: Enforcement) -> tuple[list[str], list[str]]:
+    """Sentences about what is required: what is missing, and what is there in part."""
+    missing, partial = [], []
+    for name, demand in confinement.model_dump().items():
+        found = enforcement.mechanisms.get(name)
+        if demand != "require":
+            continue
+        if found is None:
+            missing.append(f"The policy requires {name}, and neither child nor probe told of it.")
+        elif found.state in (State.UNAVAILABLE, State.OFF):
+            missing.append(f"The policy requires {name}, which is {found.state.value} here: {found.reason or 'no reason'}.")
+        elif found.state is State.PARTIAL:
+            partial.append(f"The policy requires {name}, which is enforced only in part: {found.reason or 'no reason'}.")
+    return missing, partial
+
+
+def _small_job(policy: Policy) -> JobResult:
+    """A child under the policy's limits. What is required is only preferred here, so that all of it is tried."""
+    softened = {name: "prefer" if demand == "require" else demand for name, demand in policy.confinement.model_dump().items()}
+    confinement = Confinement.model_validate(softened)
+    # Confinement does not depend on what the forkserver holds, and without torch it starts in 0.2 s.
+    light = policy.model_copy(
+        update={"forkserver": policy.forkserver.model_copy(update={"import_torch": False, "preload": ()})}
+    )
+    with Sandbox(light) as runner:
+        job = callable_job(
+            os.getpid, limits=policy.limits, confinement=confinement, environment=runner.environment()
+        )
+        try:
+            return runner.submit(job, name="doctor").result(_CHILD_SECONDS)
+        except FutureTimeoutError:
+            raise SandboxError(f"a small job gave no answer in {_CHILD_SECONDS:.0f} s") from None
+
+
+def host_facts() -> dict[str, Any]:
+    """What matters of the host, as plain data."""
+    import psutil
+
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "root": os.geteuid() == 0,
+        "user_namespaces": _user_namespaces(),
+        "cgroup": "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1 or none",
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "dev_shm_bytes": shm.total if shm else 0,
+        "dev_shm_free_bytes": shm.free if shm else 0,
+        "compiler": _compiler(),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "private_names_of_torch": _private_names(),
+    }
+
+
+def _judge_host(host: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Problems and warnings that follow from the host's facts."""
+    problems, warnings = [], []
+    if host["private_names_of_torch"] != "all found":
+        problems.append(str(host["private_names_of_torch"]))
+    if not host["compiler"]:
+        warnings.append("There is no C++ compiler (set CXX, or install g++): torch.compile needs one for CPU graphs.")
+    if host["triton"] is None:
+        warnings.append("Triton is not installed: no GPU kernels can be compiled.")
+    return problems, warnings
+
+
+def _user_namespaces() -> str:
+    try:
+        allowed = int(Path("/proc/sys/user/max_user_namespaces").read_text())
+    except (OSError, ValueError):
+        return "unknown"
+    return f"{allowed} allowed"
+
+
+def _compiler() -> str | None:
+    """First line of the C++ compiler's version, or None."""
+    name = os.environ.get("CXX") or "g++"
+    try:
+        done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0] or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _private_names() -> str:
+    """Whether this PyTorch has all private names that the package builds on. Imports torch."""
+    from sandbox.inductor import compat
+
+    try:
+        compat.check()
+    except SandboxError as problem:
+        return str(problem)
+    except ImportError as problem:
+        return f"PyTorch cannot be imported: {problem}"
+    return "all found"
+
+
+def _print(report: dict[str, Any], result: JobResult) -> None:
+    from rich.table import Table
+
+    out = console()
+    facts = Table("host", "", title="This host", title_justify="left")
+    for name, value in report["host"].items():
+        shown = size(value) if name.endswith("_bytes") else "none" if value is None else str(value)
+        facts.add_row(name.removesuffix("_bytes").replace("_", " "), shown)
+    out.print(facts)
+    colour = {"enforced": "green", "partial": "yellow", "unavailable": "red", "off": "dim"}
+    table = Table("mechanism", "policy", "state", "why", title="What confines a child", title_justify="left")
+    for name, demand in report["demands"].items():
+        state = report["enforcement"].get(name, "unavailable")
+        table.add_row(name, demand, f"[{colour[state]}]{state}[/]", report["reasons"].get(name, ""))
+    out.print(table)
+    usage = result.usage
+    out.print(
+        f"A small job in a child: {result.status.value}, {usage.wall_seconds * 1000:.0f} ms, "
+        f"of which {usage.start_seconds * 1000:.0f} ms until it ran."
+    )
+    sys.stdout.flush()
+    for warning in report["warnings"]:
+        print(f"sandbox: warning: {warning}", file=sys.stderr)
+    for problem in report["problems"]:
+        print(f"sandbox: {problem}", file=sys.stderr)
+    if report["ok"]:
+        out.print(f"This host gives all that the policy {report['policy']!r} requires.")
