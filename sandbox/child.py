@@ -27,13 +27,15 @@ from sandbox.enforce.privileges import die_with_parent
 from sandbox.errors import EnforcementError, JobError, UnserializableError, WireError
 from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, parse_spec
 from sandbox.results import Artifact, Enforcement, Failure, Status
-from sandbox.wire import Frame, Reply, Started, recv_frame, safe_dumps, send_frame
+from sandbox.wire import MAX_DETAIL, Frame, Reply, Started, clip, recv_frame, safe_dumps, send_frame
 
 #: Exit codes of a worker that could not even reply. Outside the range that compilers use.
 EXIT_UNCONFINED = 120
 EXIT_BAD_REQUEST = 121
 EXIT_NO_PARENT = 122
 EXIT_MEMORY = 123
+#: Leaks of one worker that are told, a count at most: the envelope has an end.
+MAX_LEAKS = 1000
 #: Descriptors held back from the job, a count: a job that has used up all others can still reply.
 RESERVED_FDS = 8
 #: Seconds that the parent may take to send the whole request, and to read the whole reply.
@@ -107,12 +109,12 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> int:
             traceback.clear_frames(cause.__traceback__)
     for fd in reserved:
         os.close(fd)
-    leaks = ledger.compare(before, ledger.take(os.getpid()), "child")
+    leaks = ledger.compare(before, ledger.take(os.getpid()), "child")[:MAX_LEAKS]
     files = collect(scratch) if status is Status.OK else ()
     reply = Reply(
         job_id=job_id,
         status=status,
-        detail=detail,
+        detail=clip(detail),
         failure=failure,
         artifacts=files,
         leaks=leaks,
@@ -176,7 +178,10 @@ def leave(code: int) -> NoReturn:
 
 def classify(error: BaseException) -> tuple[Status, str]:
     """Which status an exception of the job means, and one line for people."""
-    text = f"{type(error).__name__}: {error}"
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an exception's own __str__ may raise anything
+        text = type(error).__name__
     line = text.strip().splitlines()[0][:2000] if text.strip() else type(error).__name__
     if isinstance(error, UnserializableError):
         return Status.UNSERIALIZABLE, line
@@ -213,12 +218,17 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _failure(error: BaseException) -> Failure:
+    """What was raised, as text that fits into the reply's envelope."""
+    try:
+        message = str(error)
+    except Exception as broken:  # noqa: BLE001 - an exception's own __str__ may raise anything
+        message = f"(its message cannot be shown: {type(broken).__name__})"
     text = "".join(traceback.format_exception(error))
     return Failure(
-        module=type(error).__module__,
-        qualname=type(error).__qualname__,
-        message=str(error)[: 1 << 20],
-        traceback=text[-(1 << 16) :],
+        module=clip(type(error).__module__, 1000),
+        qualname=clip(type(error).__qualname__, 1000),
+        message=clip(message),
+        traceback=clip(text[-MAX_DETAIL:]),
     )
 
 

@@ -79,7 +79,7 @@ class _JobBase(_Model):
     @field_validator("target")
     @classmethod
     def _known_target(cls, value: str) -> str:
-        if not _TARGET.match(value):
+        if not _TARGET.fullmatch(value):  # not match: `$` would let a newline through
             raise ValueError("must be 'cpu', 'cuda:CAPABILITY[:WARP]' (for example 'cuda:90') or 'hip:ARCH'")
         return value
 

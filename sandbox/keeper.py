@@ -93,7 +93,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
         signal=-tree.status if tree.status is not None and tree.status < 0 else None,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         max_rss_bytes=usage.ru_maxrss * 1024,
-        leaks=tuple(leaks),
+        leaks=tuple(leaks[: child.MAX_LEAKS]),
         killed_processes=killed,
     )
     try:

@@ -34,11 +34,10 @@ class Limits(BaseModel):
     an allocation beyond it fails inside the job, which also ends as `memory_limit`."""
 
     processes: Annotated[int, Field(ge=1, le=100_000)] = 128
-    """Live processes and threads' owners in the tree, a count of processes. When hit: killed, status
-    `violation`."""
+    """Live processes in the tree, a count; threads are not counted. When hit: killed, status `violation`."""
 
     open_files: Annotated[int, Field(ge=32, le=1_000_000)] = 1024
-    """Open file descriptors per process (RLIMIT_NOFILE). When hit: `open` fails inside the job with
+    """Open file descriptors per process (RLIMIT_NOFILE), a count. When hit: `open` fails inside the job with
     EMFILE; a job that dies of it ends as `violation`."""
 
     disk_bytes: Annotated[int, Field(ge=MIB, le=1 << 50)] = 4 * GIB

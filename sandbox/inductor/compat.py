@@ -192,7 +192,7 @@ def replace_compile(replacement: Compile) -> Compile:
     It is called as `(gm, example_inputs, inputs_to_check, compile_region_name=None, **graph_kwargs)`; releases
     before 2.12 may leave `compile_region_name` out.
     """
-    module = importlib.import_module("torch._inductor.compile_fx")
+    module: Any = importlib.import_module("torch._inductor.compile_fx")
     before: Compile = module.fx_codegen_and_compile
     module.fx_codegen_and_compile = replacement
     return before
@@ -226,7 +226,7 @@ _warm_pool: Callable[[], None] | None = None
 def disable_worker_pool() -> None:
     """Keep Dynamo's Inductor backend from starting Inductor's own worker processes. Idempotent."""
     global _warm_pool
-    module = importlib.import_module("torch._inductor.async_compile")
+    module: Any = importlib.import_module("torch._inductor.async_compile")
     with _pool_lock:
         if _warm_pool is None:
             _warm_pool = module.maybe_warm_pool
@@ -236,7 +236,7 @@ def disable_worker_pool() -> None:
 def enable_worker_pool() -> None:
     """Undo :func:`disable_worker_pool`."""
     global _warm_pool
-    module = importlib.import_module("torch._inductor.async_compile")
+    module: Any = importlib.import_module("torch._inductor.async_compile")
     with _pool_lock:
         if _warm_pool is not None:
             module.maybe_warm_pool = _warm_pool

@@ -47,7 +47,8 @@ def check(data: Any) -> None:
     for table in (data["metrics"], *groups.values()):
         if not isinstance(table, dict) or not all(type(n) is int and isinstance(k, str) for k, n in table.items()):
             raise WireError("a count of the reply is not a number")
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in data["loops"]):
+    pairs = data["loops"]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
         raise WireError("the reply's loop counts are malformed")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import sys
 import traceback
-from typing import Final
+from typing import Any, Final
 
 from sandbox.results import Failure
 
@@ -21,7 +21,10 @@ def failure_of(error: BaseException) -> Failure:
         message = f"(its message cannot be shown: {type(broken).__name__})"
     text = "".join(traceback.format_exception(error))
     return Failure(
-        module=kind.__module__, qualname=kind.__qualname__, message=message[:_MAX_MESSAGE], traceback=text[-_MAX_MESSAGE:]
+        module=kind.__module__,
+        qualname=kind.__qualname__,
+        message=message[:_MAX_MESSAGE],
+        traceback=text[-_MAX_MESSAGE:],
     )
 
 
@@ -50,7 +53,7 @@ def rebuild_exception(failure: Failure) -> BaseException:
 
 def _with_message(cls: type[Exception], message: str) -> BaseException:
     """An instance of ``cls`` whose `str` is ``message`` although the class has a `__str__` of its own."""
-    shown = type(cls.__name__, (cls,), {"__str__": lambda self: message, "__module__": cls.__module__})
+    shown: Any = type(cls.__name__, (cls,), {"__str__": lambda self: message, "__module__": cls.__module__})
     shown.__qualname__ = cls.__qualname__
     made: BaseException = shown.__new__(shown)
     made.args = (message,)

@@ -50,7 +50,7 @@ def recorded() -> Iterator[dict[str, dict[str, str]]]:
         return result
 
     def load_async(
-        cls: Any, main_code: str, device_type: str = "cpu", submit_fn: Any = None, extra_flags: Any = (),
+        cls: Any, /, main_code: str, device_type: str = "cpu", submit_fn: Any = None, extra_flags: Any = (),
         optimized_code: str | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         _local.pending = _identity(cls, main_code, device_type, extra_flags, optimized_code)
@@ -94,7 +94,7 @@ def install_loader() -> None:
         original, use_pool = before.__func__, pools.__dict__["use_process_pool"]
 
         def load_async(
-            cls: Any, main_code: str, device_type: str = "cpu", submit_fn: Any = None, extra_flags: Any = (),
+            cls: Any, /, main_code: str, device_type: str = "cpu", submit_fn: Any = None, extra_flags: Any = (),
             optimized_code: str | None = None, *args: Any, **kwargs: Any,
         ) -> Any:  # fmt: skip
             table = getattr(_local, "table", None)

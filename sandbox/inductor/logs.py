@@ -130,7 +130,7 @@ def _field(entry: Any, name: str, kind: type | tuple[type, ...]) -> Any:
 
 def check(data: Any) -> None:
     """Raise WireError unless ``data`` is what a child's `logs` and `warnings` look like."""
-    if not isinstance(data, dict) or not isinstance(data.get("logs"), list) or not isinstance(data.get("warnings"), list):
+    if not isinstance(data, dict) or not all(isinstance(data.get(name), list) for name in ("logs", "warnings")):
         raise WireError("the reply lacks its logs and warnings")
     for entry in data["logs"]:
         for name, kind in (("name", str), ("level", int), ("message", str), ("pathname", str), ("lineno", int)):

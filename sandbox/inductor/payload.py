@@ -126,7 +126,7 @@ def encode(
         "functorch": _config(compat.functorch_config, _FUNCTORCH_LEFT),
         "dynamo": {name: _setting(compat.dynamo_config, name) for name in _DYNAMO_SENT},
         "fallbacks": sorted(
-            str(op) for op, function in compat.lowering.lowerings.items() if getattr(function, "_is_fallback_handler", 0)
+            str(op) for op, function in compat.lowering.lowerings.items() if hasattr(function, "_is_fallback_handler")
         ),
         "loggers": logs.levels(),
         "compile_id": str(context.compile_id) if context is not None and context.compile_id is not None else None,
@@ -203,6 +203,7 @@ def _graph_kwargs(data: dict[str, Any]) -> dict[str, Any]:
 
 def _tracing_facts(tracing: Any) -> dict[str, Any]:
     metadata = tracing.fw_metadata if tracing is not None else None
+    donated = metadata.bw_donated_idxs if metadata is not None else None
     effects: dict[str, Any] = {}
     if tracing is not None:
         cache = tracing.hop_dispatch_set_cache.get_cache(torch.ops.higher_order.invoke_subgraph)
@@ -212,7 +213,7 @@ def _tracing_facts(tracing: Any) -> dict[str, Any]:
         "force_unspec_int_unbacked_size_like": bool(
             tracing is not None and tracing.force_unspec_int_unbacked_size_like
         ),
-        "bw_donated_idxs": list(metadata.bw_donated_idxs) if metadata and metadata.bw_donated_idxs is not None else None,
+        "bw_donated_idxs": None if donated is None else list(donated),
         "effects": effects,
     }
 

@@ -150,7 +150,8 @@ def dumps(obj: Any) -> bytes:
             Pickler(stream).dump(obj)
     except UnserializableError:
         raise
-    except Exception as error:  # noqa: BLE001 - __reduce__ of any object in the graph may raise anything
+    except Exception as error:
+        # __reduce__ of any object in the graph may raise anything.
         raise UnserializableError("not_picklable", f"{type(error).__name__}: {error}") from error
     return stream.getvalue()
 
@@ -265,7 +266,8 @@ def _make_op(kind: str, name: str, extra: str) -> Any:
         return packet if kind == "packet" else getattr(packet, extra or "default")
     except (AttributeError, KeyError, ImportError) as error:
         raise UnserializableError(
-            "unknown_op", f"{name}.{extra} is not registered in the child; name its module in forkserver.preload ({error})"
+            "unknown_op",
+            f"{name}.{extra} is not registered in the child; name its module in forkserver.preload ({error})",
         ) from None
 
 
@@ -324,7 +326,8 @@ def _meta_data(meta: dict[str, Any]) -> dict[str, Any]:
     if stack:
         # Only the name of the last function is read, for the names of kernels.
         last = stack[-1][1]
-        kept["source_fn_stack"] = [(str(stack[-1][0]), last if isinstance(last, str) else getattr(last, "__name__", "fn"))]
+        name = last if isinstance(last, str) else getattr(last, "__name__", "fn")
+        kept["source_fn_stack"] = [(str(stack[-1][0]), name)]
     return kept
 
 

@@ -169,7 +169,8 @@ def decode_graph(
     with kernels.loading(built):
         try:
             code.after_deserialization(constants)
-        except Exception as error:  # noqa: BLE001 - generated code may raise anything when it is imported
+        except Exception as error:
+            # Generated code may raise anything when it is imported.
             raise WireError(f"the compiled graph cannot be loaded: {type(error).__name__}: {error}") from error
     for expr, size_oblivious in guards:
         if not shape_env.evaluate_expr(expr, size_oblivious=size_oblivious):
@@ -209,9 +210,11 @@ def _guards(data: Any, shape_env: Any, symbols: dict[str, Any]) -> list[tuple[An
         raise WireError("the reply's guards are malformed, or there is no ShapeEnv to add them to")
     found = []
     for item in data:
-        if not isinstance(item, dict) or set(item) != {"expr", "size_oblivious"} or type(item["size_oblivious"]) is not bool:
-            raise WireError("a guard of the reply is malformed")
-        found.append((expressions.decode(item["expr"], symbols), item["size_oblivious"]))
+        match item:
+            case {"expr": list(expr), "size_oblivious": bool(oblivious), **rest} if not rest:
+                found.append((expressions.decode(expr, symbols), oblivious))
+            case _:
+                raise WireError("a guard of the reply is malformed")
     return found
 
 

@@ -114,6 +114,7 @@ class _Compile:
         direction = "backward" if graph_kwargs.get("is_backward") else "forward"
         self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
         self.history: list[fallback.Attempt] = []
+        self.last_job = ""  # the newest one that was killed
 
     def run(self) -> Any:
         if self.scheme.mode == "normal":
@@ -142,7 +143,7 @@ class _Compile:
                     self.recorder.reason("mode_serialize")
                 return output
             if result.status in KILLERS:
-                self.scheme.quarantine.add(key, result.status, result.job_id)
+                self.last_job = result.job_id
             self.history.append(fallback.Attempt(step=step, status=result.status))
             history = tuple(self.history)
             log.log(
@@ -156,6 +157,14 @@ class _Compile:
             )
             step = fallback.decide(self.policy, result.status, history)
             self.recorder.fallback(step)
+            if step in ("in_process", "eager", "raise"):
+                self._remember(key)
+
+    def _remember(self, key: str) -> None:
+        """No child made it: if one was killed, no later compile of this graph tries again."""
+        killer = next((attempt for attempt in self.history if attempt.status in KILLERS), None)
+        if killer is not None:
+            self.scheme.quarantine.add(key, killer.status, self.last_job)
 
     def _quarantined(self, entry: Entry) -> Any:
         """A graph that has killed a child gets no second one."""
@@ -171,6 +180,9 @@ class _Compile:
 
     def _attempt(self, step: fallback.ChildStep) -> tuple[Any, JobResult]:
         """One child. Returns the loaded artifact, or None, and how the child ended."""
+        target = _target(self.example_inputs)
+        if target != "cpu" and not self.policy.gpu:
+            raise UnserializableError("gpu_not_granted", f"a graph for {target}, and the policy says gpu = false")
         overrides: dict[str, Scalar] = dict(self.policy.reduced) if step == "reduced" else {}
         data = payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
         sandbox = self.scheme.sandbox
@@ -180,7 +192,8 @@ class _Compile:
             payload_bytes=len(data),
             limits=self.policy.limits,
             confinement=self.policy.confinement,
-            gpu=self.policy.gpu,
+            target=target,
+            gpu=self.policy.gpu and target != "cpu",
             kernel_threads=self.policy.kernel_threads or min(usable_cores(), MAX_KERNEL_THREADS),
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
@@ -271,6 +284,17 @@ def graph_digest(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str
         else:
             parts.append(f"{type(value).__name__} {value}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _target(example_inputs: Sequence[Any]) -> str:
+    """What the graph is compiled for: `cpu`, or `cuda:CAPABILITY` of the first input on a GPU."""
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+            if torch.version.hip:
+                return f"hip:{torch.cuda.get_device_properties(value.device).gcnArchName.partition(':')[0]}"
+            major, minor = torch.cuda.get_device_capability(value.device)
+            return f"cuda:{major}{minor}"
+    return "cpu"
 
 
 def cache_folders() -> dict[str, Path]:

@@ -32,6 +32,8 @@ def encode(tensor: torch.Tensor) -> dict[str, Any]:
     """
     if isinstance(tensor, compat.FakeTensor):
         raise UnserializableError("fake_constant", f"{tuple(tensor.shape)}: no data to send")
+    if tensor.layout is torch._mkldnn:
+        return _encode_packed(tensor)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UnserializableError("opaque_constant", f"layout {tensor.layout}, {tensor.dtype}")
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -50,8 +52,19 @@ def encode(tensor: torch.Tensor) -> dict[str, Any]:
         "requires_grad": tensor.requires_grad,
         "parameter": isinstance(tensor, torch.nn.Parameter),
         "frozen": bool(getattr(tensor, "_is_frozen_param", False)),
+        "packed": False,
         "bytes": data,
     }
+
+
+def _encode_packed(tensor: torch.Tensor) -> dict[str, Any]:
+    """A weight that freezing has packed for oneDNN, unpacked: what is generated depends on its values only."""
+    try:
+        with compat.disable_current_modes(), torch.no_grad():
+            dense = tensor.detach().to_dense()
+    except RuntimeError as error:
+        raise UnserializableError("opaque_constant", f"a packed weight cannot be unpacked: {error}") from None
+    return {**encode(dense), "frozen": bool(getattr(tensor, "_is_frozen_param", False)), "packed": True}
 
 
 def _ints(value: Any, what: str) -> tuple[int, ...]:
@@ -67,7 +80,7 @@ def decode(data: Any) -> torch.Tensor:
         WireError: when the description is malformed or does not fit its bytes.
         UnserializableError: when its device is not there.
     """
-    keys = {"dtype", "shape", "stride", "device", "requires_grad", "parameter", "frozen", "bytes"}
+    keys = {"dtype", "shape", "stride", "device", "requires_grad", "parameter", "frozen", "packed", "bytes"}
     if not isinstance(data, dict) or set(data) != keys:
         raise WireError("a tensor must be a table of dtype, shape, stride, device, requires_grad, parameter, bytes")
     dtype, raw, device = data["dtype"], data["bytes"], data["device"]
@@ -96,10 +109,12 @@ def decode(data: Any) -> torch.Tensor:
             except (RuntimeError, AssertionError) as error:
                 raise UnserializableError("device_constant", f"a constant lives on {device}: {error}") from None
         tensor = torch.as_strided(tensor, shape, stride)
+        if data["packed"]:
+            tensor = tensor.to_mkldnn()
         if data["parameter"]:
             tensor = torch.nn.Parameter(tensor, requires_grad=bool(data["requires_grad"]))
         elif data["requires_grad"]:
             tensor.requires_grad_(True)
         if data["frozen"]:
-            tensor._is_frozen_param = True  # type: ignore[attr-defined]
+            tensor._is_frozen_param = True
     return tensor
