@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sandbox.inductor.install import install, stats, uninstall
     from sandbox.limits import Confinement, Limits
     from sandbox.policy import Policy
-    from sandbox.results import JobResult, Status
     from sandbox.report import Stats
+    from sandbox.results import JobResult, Status
     from sandbox.triton.kernel import job as triton_job
 
 __version__ = "0.1.0"

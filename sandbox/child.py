@@ -53,11 +53,11 @@ HANDLERS = {
 Spec = FxGraphSpec | TritonKernelSpec | CallableSpec
 
 
-def main(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> NoReturn:
-    """Run in the fork of the keeper."""
+def main(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) -> NoReturn:
+    """Run in the fork of the keeper, whose pid is ``keeper``."""
     code = 1
     try:
-        code = _work(job_id, scratch, job_fd, stderr_fd)
+        code = _work(job_id, scratch, job_fd, stderr_fd, keeper)
     except MemoryError:
         code = EXIT_MEMORY
         traceback.print_exc()
@@ -67,9 +67,8 @@ def main(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> NoReturn:
         leave(code)
 
 
-def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> int:
+def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) -> int:
     started = time.monotonic()
-    keeper = os.getppid()
     os.setsid()
     _plain_signals()
     _standard_streams(stderr_fd)
@@ -84,13 +83,13 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> int:
         return EXIT_BAD_REQUEST
     _surroundings(spec, scratch)
     try:
-        mechanisms = confine_worker(spec.confinement, spec.limits)
+        mechanisms = confine_worker(spec.confinement, spec.limits, keeper)
     except EnforcementError as error:
         print(f"confinement: {error}", file=sys.stderr)
         return EXIT_UNCONFINED
     start_seconds = time.monotonic() - started
     send_frame(channel, Started(job_id=job_id, enforcement=Enforcement(mechanisms=mechanisms)), b"", SEND_SECONDS)
-    before = ledger.take(os.getpid())
+    before = ledger.take(ipc=False)
     reserved = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FDS)]
     status, detail, failure, value = Status.OK, "", None, b""
     doing: Callable[[BaseException], tuple[Status, str]] = _unserializable
@@ -109,7 +108,9 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int) -> int:
             traceback.clear_frames(cause.__traceback__)
     for fd in reserved:
         os.close(fd)
-    leaks = ledger.compare(before, ledger.take(os.getpid()), "child")[:MAX_LEAKS]
+    # Processes and what lies in the kernel are the keeper's to tell, once all are dead.
+    found = ledger.compare(before, ledger.take(ipc=False), "child")
+    leaks = tuple(leak for leak in found if leak.kind in ("fd", "thread"))[:MAX_LEAKS]
     files = collect(scratch) if status is Status.OK else ()
     reply = Reply(
         job_id=job_id,

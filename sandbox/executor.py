@@ -25,8 +25,8 @@ from sandbox.forkserver import Forkserver
 from sandbox.jobs import Job
 from sandbox.monitor import Cancel, run
 from sandbox.policy import Policy, load
-from sandbox.results import JobResult, LeakReport, Status
 from sandbox.report import Recorder, Stats
+from sandbox.results import JobResult, LeakReport, Status
 
 #: How often a job is offered to a fresh forkserver when the one before died under it, a count.
 FORKSERVER_TRIES = 3

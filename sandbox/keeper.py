@@ -29,6 +29,10 @@ from sandbox.wire import Exited, KeeperReady, send_frame
 
 #: Seconds that a frame to the parent may take; the parent reads all the time, so this is only a guard.
 SEND_SECONDS = 5.0
+#: Seconds between two looks at what the job holds in a /dev/shm that it shares with the host.
+LOOK_SECONDS = 0.25
+#: Seconds for the kill of the whole tree; a tree that forks as fast as it can takes the longest.
+KILL_SECONDS = 10.0
 
 
 def main(request: dict[str, Any], fds: list[int]) -> NoReturn:
@@ -68,12 +72,13 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
         send_frame(parent, Exited(job_id=job_id, refused=str(error)), b"", SEND_SECONDS)
         return 0
     before = ledger.take()
+    own = os.getpid()
     worker = os.fork()
     if worker == 0:
         signal.set_wakeup_fd(-1)
         for fd in (wake_read, wake_write, parent.fileno()):
             os.close(fd)
-        child.main(job_id, scratch, job_fd, stderr_fd)  # never returns
+        child.main(job_id, scratch, job_fd, stderr_fd, own)  # never returns
     os.close(job_fd)
     tree = _Tree(worker, mechanisms)
     try:
@@ -113,12 +118,20 @@ class _Tree:
         self.orphaned = False  # the parent is gone
         self.ordered = False  # the parent ordered the kill
         self.pids = {worker}  # every process of the job that was seen
+        self.inodes: set[ledger.Inode] = set()  # what they were seen to hold in a shared /dev/shm
 
     def note(self, pid: int, status: int, _cpu_seconds: float) -> None:
         """A process of the tree was collected."""
         self.pids.add(pid)
         if pid == self.worker:
             self.status = os.waitstatus_to_exitcode(status)
+
+    def look(self) -> None:
+        """Where /dev/shm is shared with the host, what the job's processes hold is how its objects are known."""
+        if not self.has("mount_namespace"):
+            pids = {process.pid for process in descendants(os.getpid())}
+            self.pids |= pids
+            self.inodes |= ledger.mapped_inodes(pids)
 
     def has(self, mechanism: str) -> bool:
         """Whether a mechanism is fully enforced on this job."""
@@ -131,8 +144,11 @@ def _wait(parent: socket.socket, wake_read: int, tree: _Tree) -> None:
     poll = select.poll()
     poll.register(parent.fileno(), select.POLLIN)
     poll.register(wake_read, select.POLLIN)
+    # Only without an own /dev/shm there is something to look at while the job runs.
+    interval = None if tree.has("mount_namespace") else LOOK_SECONDS * 1000
     while tree.status is None:
-        for fd, _events in poll.poll():
+        tree.look()
+        for fd, _events in poll.poll(interval):
             if fd == wake_read:
                 os.read(wake_read, 4096)
             else:
@@ -148,16 +164,15 @@ def _clean(tree: _Tree, before: ledger.Snapshot, scratch: Path) -> tuple[list[Le
     left = descendants(os.getpid())
     pids = {process.pid for process in left}
     tree.pids |= pids
-    # Where /dev/shm is shared with the host, what the job's processes hold open is how its objects are known.
-    inodes = set() if tree.has("mount_namespace") else ledger.mapped_inodes(pids)
-    killed = kill_tree(os.getpid(), on_reaped=tree.note)
+    tree.look()
+    killed = kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
     after = ledger.take(folders=(scratch / "tmp",))
     evidence = ledger.Evidence(
         own_shm=tree.has("mount_namespace"),
         own_ipc=tree.has("ipc_namespace"),
         own_folders=True,
         pids=frozenset(tree.pids),
-        inodes=frozenset(inodes),
+        inodes=frozenset(tree.inodes),
     )
     # Descriptors and processes of the keeper itself are not the job's.
     held = [each for each in ledger.differences(before, after) if each.kind not in ("fd", "process", "thread")]

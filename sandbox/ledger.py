@@ -26,6 +26,11 @@ MAX_FILES: Final = 1000
 
 Owner = Literal["child", "forkserver", "parent"]
 SysvKind = Literal["sem", "shm", "msg"]
+_LEAK_KINDS: Final[dict[SysvKind, LeakKind]] = {
+    "sem": "sysv_semaphore",
+    "shm": "shared_memory",
+    "msg": "message_queue",
+}
 Inode = tuple[int, int]
 """Device and inode number."""
 
@@ -171,22 +176,6 @@ def reclaim(held: Iterable[Held], evidence: Evidence) -> tuple[Leak, ...]:
     return tuple(leaks)
 
 
-def reclaim_job(
-    before: Snapshot,
-    after: Snapshot,
-    pids: Iterable[int],
-    inodes: Iterable[Inode],
-    own_shm: bool = False,
-    own_ipc: bool = False,
-) -> tuple[Leak, ...]:
-    """:func:`reclaim` for the keeper: what a job has left in /dev/shm and in SysV IPC. See :class:`Evidence`.
-
-    The snapshots are the keeper's; its own descriptors, threads and children are not looked at.
-    """
-    in_kernel = (h for h in _differences(before, after) if isinstance(h.handle, PosixObject | SysvObject))
-    return reclaim(in_kernel, Evidence(own_shm, own_ipc, False, frozenset(pids), frozenset(inodes)))
-
-
 def mapped_inodes(pids: Iterable[int]) -> set[Inode]:
     """Inodes in /dev/shm that these processes have mapped or open now. Processes that are gone hold none.
 
@@ -231,7 +220,7 @@ def _differences(before: Snapshot, after: Snapshot) -> Iterator[Held]:
     for (sysv_kind, number), sysv in sorted(after.sysv.items()):
         if (old := before.sysv.get((sysv_kind, number))) is None or old.created != sysv.created:
             # There is no kind of its own for message queues: they are memory in the kernel.
-            kind = "sysv_semaphore" if sysv_kind == "sem" else "shared_memory"
+            kind = _LEAK_KINDS[sysv_kind]
             yield Held(kind, f"SysV {_SYSV_NAMES[sysv_kind]} {number}", sysv)
     for path, inode in sorted(after.files.items()):
         if before.files.get(path) != inode:

@@ -36,7 +36,8 @@ from sandbox.child import EXIT_BAD_REQUEST, EXIT_MEMORY, EXIT_NO_PARENT, EXIT_UN
 from sandbox.errors import WireError
 from sandbox.forkserver import Forkserver, socket_pair
 from sandbox.jobs import CallableSpec, Job
-from sandbox.processes import TreeMeter, disk_usage, kill_tree
+from sandbox.meter import TreeMeter, survey
+from sandbox.processes import kill_tree
 from sandbox.results import (
     Artifact,
     Enforcement,
@@ -380,10 +381,14 @@ def _sample(watch: _Watch, ticks: int) -> None:
         watch.breach(
             Status.CPU_LIMIT, f"{usage.cpu_seconds:.1f} s of CPU time, limits.cpu_seconds = {limits.cpu_seconds:g}"
         )
-    elif ticks % DISK_EVERY == 0 and (used := disk_usage(watch.scratch)) > limits.disk_bytes:
-        watch.breach(
-            Status.OUTPUT_LIMIT, f"{used} bytes in the scratch folder, limits.disk_bytes = {limits.disk_bytes}"
-        )
+    elif ticks % DISK_EVERY == 0:
+        used = survey(watch.scratch)
+        if used.bytes > limits.disk_bytes or not used.complete:
+            watch.breach(
+                Status.OUTPUT_LIMIT,
+                f"{used.bytes} bytes in {used.entries} files{'' if used.complete else ' or more'} of the scratch "
+                f"folder, limits.disk_bytes = {limits.disk_bytes}",
+            )
 
 
 def _drain_replies(watch: _Watch, replies: FrameReader) -> None:

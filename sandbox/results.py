@@ -64,7 +64,9 @@ class Usage(_Model):
     """Bytes written to stdout and stderr in all; the result keeps a bounded tail."""
 
 
-LeakKind = Literal["fd", "posix_semaphore", "sysv_semaphore", "shared_memory", "temp_file", "process", "thread"]
+LeakKind = Literal[
+    "fd", "posix_semaphore", "sysv_semaphore", "shared_memory", "message_queue", "temp_file", "process", "thread"
+]
 
 
 class Leak(_Model):

@@ -26,7 +26,7 @@ NAMESPACES = ("ipc_namespace", "mount_namespace", "network_namespace")
 PRELUDE = """
 import ctypes, encodings.idna, errno, json, os, resource, signal, socket, subprocess, sys, threading, time
 sys.path.insert(0, ROOT)
-from sandbox import processes
+from sandbox import meter, processes
 from sandbox.enforce import confine_worker, libc, namespaces, prepare_keeper, privileges, rlimits
 from sandbox.errors import EnforcementError
 from sandbox.limits import Confinement, Limits, MIB
@@ -301,7 +301,7 @@ def keeper():
         "states": states(reached), "network": network, "names": names, "size": size, "uid": os.getuid(),
         "capabilities": status("CapEff"), "subreaper": libc.prctl_read(libc.PR_GET_CHILD_SUBREAPER),
         "grandchild": grandchild, "milliseconds": milliseconds,
-        "readable": processes.can_read_exactly(os.getpid()),
+        "readable": meter.can_read_exactly(os.getpid()),
     }
 try:
     result, code = in_child(keeper)
@@ -365,8 +365,8 @@ def test_the_watchdog_can_measure_a_confined_worker_of_another_namespace() -> No
             signal.pause()
         os.read(read, 1)
         tree = processes.descendants(keeper)
-        exact = [processes.can_read_exactly(p.pid) for p in tree]
-        memory = processes.TreeMeter(keeper, 0).sample().memory_bytes
+        exact = [meter.can_read_exactly(p.pid) for p in tree]
+        memory = meter.TreeMeter(keeper, 0).sample().memory_bytes
         killed = processes.kill_tree(keeper, include_root=True)
         os.waitpid(keeper, 0)
         print(json.dumps([exact, memory, killed]))

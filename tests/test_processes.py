@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from sandbox import meter as meter_module
 from sandbox import processes
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
 import ctypes, json, mmap, os, signal, sys, threading, time
 sys.path.insert(0, ROOT)
+from sandbox import meter as meter_module
 from sandbox import processes
 from sandbox.enforce.privileges import become_subreaper
 
@@ -140,7 +142,7 @@ def test_a_process_whose_first_thread_has_ended_lives_and_dies_with_the_tree() -
         keeper = fork(lambda: fork(leave))
         stat = until(lambda: [s for s in processes.walk(keeper) if s.pid != keeper and s.state == "Z"])[0]
         assert not stat.dead
-        usage = processes.TreeMeter(keeper, 1 << 30).sample()
+        usage = meter_module.TreeMeter(keeper, 1 << 30).sample()
         assert [p.pid for p in below(keeper)] == [stat.pid]
         killed = processes.kill_tree(os.getpid())
         print(json.dumps([killed, usage.memory_bytes]))
@@ -327,7 +329,7 @@ def test_reading_while_processes_come_and_go() -> None:
                 os.waitpid(pid, 0)
         root = fork(lambda: (fork(churn), fork(churn)))
         until(lambda: len(below(root)) > 2)
-        meter = processes.TreeMeter(root, 0)
+        meter = meter_module.TreeMeter(root, 0)
         for listed in (True, False):
             processes._kernel_lists_children = lambda: listed
             for _ in range(50):
@@ -374,14 +376,14 @@ def test_memory_is_the_trees_own() -> None:
         done_read, done_write = os.pipe()
         root = fork(keeper)
         until(lambda: len(below(root)) == 1)
-        meter = processes.TreeMeter(root, 32 << 20)
+        meter = meter_module.TreeMeter(root, 32 << 20)
         before = meter.sample().memory_bytes
         os.write(go_write, b"x"); os.read(done_read, 1)
         after = meter.sample().memory_bytes
         os.write(go_write, b"x"); os.read(done_read, 1)
         shared = meter.sample().memory_bytes
-        processes._rollup = lambda pid: None     # a kernel that does not tell
-        fallback = processes.TreeMeter(root, 32 << 20).sample().memory_bytes
+        meter_module._rollup = lambda pid: None     # a kernel that does not tell
+        fallback = meter_module.TreeMeter(root, 32 << 20).sample().memory_bytes
         processes.kill_tree(os.getpid())
         print(json.dumps([before, after, shared, fallback]))
         """
@@ -407,11 +409,11 @@ def test_far_below_the_limit_little_is_read_and_growth_still_shows() -> None:
             signal.pause()
         root = fork(lambda: fork(worker))
         until(lambda: len(below(root)) == 1)
-        meter = processes.TreeMeter(root, 64 << 30, exact_share=1e-6)
+        meter = meter_module.TreeMeter(root, 64 << 30, exact_share=1e-6)
         first = meter.sample().memory_bytes
         reads = []
-        rollup = processes._rollup
-        processes._rollup = lambda pid: reads.append(pid) or rollup(pid)
+        rollup = meter_module._rollup
+        meter_module._rollup = lambda pid: reads.append(pid) or rollup(pid)
         os.write(go_write, b"x"); os.read(done_read, 1)
         for _ in range(20):
             usage = meter.sample()
@@ -438,7 +440,7 @@ def test_cpu_time_of_ended_processes_is_kept() -> None:
             os.waitpid(pid, 0)
             os.write(done_write, b"x")
         root = fork(lambda: fork(worker))
-        meter = processes.TreeMeter(root, 1 << 30)
+        meter = meter_module.TreeMeter(root, 1 << 30)
         os.read(done_read, 1)
         during = meter.sample().cpu_seconds
         processes.kill_tree(os.getpid())
@@ -461,7 +463,7 @@ def test_counts_and_the_price_of_a_sample() -> None:
                 fork(lambda: None)
         root = fork(lambda: fork(worker))
         until(lambda: len(below(root)) == 4)
-        meter = processes.TreeMeter(root, 1 << 40)
+        meter = meter_module.TreeMeter(root, 1 << 40)
         meter.sample()
         costs = []
         for _ in range(50):
@@ -481,7 +483,7 @@ def test_counts_and_the_price_of_a_sample() -> None:
 def test_disk_usage_counts_blocks_once_and_follows_no_link(tmp_path: Path) -> None:
     folder = tmp_path / "scratch"
     (folder / "a" / "b").mkdir(parents=True)
-    empty = processes.survey(folder)
+    empty = meter_module.survey(folder)
     (folder / "a" / "b" / "data").write_bytes(os.urandom(1 << 20))
     os.link(folder / "a" / "b" / "data", folder / "again")
     big = tmp_path / "big"
@@ -491,17 +493,16 @@ def test_disk_usage_counts_blocks_once_and_follows_no_link(tmp_path: Path) -> No
     with (folder / "sparse").open("wb") as sparse:
         sparse.truncate(1 << 30)
     os.sync()
-    full = processes.survey(folder)
+    full = meter_module.survey(folder)
     assert full.complete
     assert full.entries == empty.entries + 5
     assert 1 << 20 <= full.bytes - empty.bytes < (1 << 20) + 65_536
-    assert processes.disk_usage(folder) == full.bytes
 
 
 def test_disk_usage_is_bounded(tmp_path: Path) -> None:
     for number in range(300):
         (tmp_path / f"file{number}").touch()
-    capped = processes.survey(tmp_path, max_entries=100)
+    capped = meter_module.survey(tmp_path, max_entries=100)
     assert (capped.entries, capped.complete) == (100, False)
     deep = tmp_path / "deep"
     here = deep
@@ -509,14 +510,14 @@ def test_disk_usage_is_bounded(tmp_path: Path) -> None:
         here = here / "d"
     here.mkdir(parents=True)
     before = len(os.listdir("/proc/self/fd"))
-    survey = processes.survey(deep)
+    survey = meter_module.survey(deep)
     assert not survey.complete
     assert len(os.listdir("/proc/self/fd")) == before
-    assert processes.survey(deep, max_depth=100).complete
-    assert processes.survey(tmp_path / "nothing") == processes.DiskUsage(0, 0, True)
+    assert meter_module.survey(deep, max_depth=100).complete
+    assert meter_module.survey(tmp_path / "nothing") == meter_module.DiskUsage(0, 0, True)
     link = tmp_path / "link"
     link.symlink_to(deep)
-    assert processes.survey(link) == processes.DiskUsage(0, 0, True)
+    assert meter_module.survey(link) == meter_module.DiskUsage(0, 0, True)
 
 
 def test_disk_usage_while_files_vanish(tmp_path: Path) -> None:
@@ -534,7 +535,7 @@ def test_disk_usage_while_files_vanish(tmp_path: Path) -> None:
     thread.start()
     try:
         for _ in range(200):
-            processes.disk_usage(tmp_path)
+            meter_module.survey(tmp_path)
     finally:
         stop.set()
         thread.join(30)

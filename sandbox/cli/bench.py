@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from sandbox.cli.output import FAILED, OK, add_json, add_policy, console, print_json, subcommand, write_whole
 from sandbox.errors import SandboxError
-from sandbox.executor import usable_cores
 from sandbox.policy import load
 
 _HELP = """\
@@ -44,7 +43,12 @@ SCHEMES: Final = ("normal", "subprocess", "sandbox")
 #: Seconds for one measurement. Inductor's SUBPROCESS mode has no time-out of its own.
 _WORKER_SECONDS: Final = 300.0
 #: Variables that would change what is measured.
-_FOREIGN: Final = ("TORCHINDUCTOR_FX_COMPILE_MODE", "TORCH_COMPILE_SANDBOX", "TORCH_COMPILE_SANDBOX_MODE", "TRITON_CACHE_DIR")
+_FOREIGN: Final = (
+    "TORCHINDUCTOR_FX_COMPILE_MODE",
+    "TORCH_COMPILE_SANDBOX",
+    "TORCH_COMPILE_SANDBOX_MODE",
+    "TRITON_CACHE_DIR",
+)
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,7 +57,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_policy(parser)
     add_json(parser)
     parser.add_argument("--repeats", metavar="N", type=int, default=5, help="rounds; default 5")
-    parser.add_argument("--cache", choices=("off", "on", "both"), default="both", help="Inductor's caches in `steady`; default both")
+    parser.add_argument(
+        "--cache", choices=("off", "on", "both"), default="both", help="Inductor's caches in `steady`; default both"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random order; default 0")
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="write the JSON document there, too")
     parser.set_defaults(handler=_bench)
@@ -69,8 +75,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     kinds += [("steady", cache) for cache in ("off", "on") if arguments.cache in (cache, "both")]
     host = _host()
     runs = list(_runs(kinds, arguments))
-    document = {"host": host, "load_after": os.getloadavg(), "summary": summarise(runs), "runs": runs}
-    document["ok"] = all(run.get("equal", False) for run in runs)
+    document: dict[str, Any] = {
+        "ok": all(run.get("equal", False) for run in runs),
+        "host": {**host, "load_after": os.getloadavg()},
+        "summary": summarise(runs),
+        "runs": runs,
+    }
     text = json.dumps(document, indent=2)
     if arguments.out is not None:
         write_whole(arguments.out, text + "\n")
@@ -141,7 +151,8 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "error" not in run:
             groups.setdefault((run["measure"], run["cache"], run["scheme"]), []).append(run)
     rows = []
-    for (measure, cache, scheme), group in sorted(groups.items(), key=lambda item: (*item[0][:2], SCHEMES.index(item[0][2]))):
+    for measure, cache, scheme in sorted(groups, key=lambda key: (*key[:2], SCHEMES.index(key[2]))):
+        group = groups[measure, cache, scheme]
         totals = [run["total"] for run in group]
         row: dict[str, Any] = {
             "measure": measure,
@@ -169,6 +180,8 @@ def _host() -> dict[str, Any]:
     """Where it was measured, as plain data; imports no torch, so that the machine stays as it is."""
     import importlib.metadata
 
+    from sandbox.executor import usable_cores
+
     return {
         "machine": platform.machine(),
         "kernel": platform.release(),
@@ -185,7 +198,9 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     out = console()
-    table = Table("measure", "caches", "scheme", "median s", "min to max s", "of NORMAL", "by round", "isolated", "hits", "runs")
+    table = Table(
+        "measure", "caches", "scheme", "median s", "min to max s", "of NORMAL", "by round", "isolated", "hits", "runs"
+    )
     before = None
     for row in document["summary"]:
         if before not in (None, (row["measure"], row["cache"])):
@@ -204,8 +219,8 @@ def _print(document: dict[str, Any]) -> None:
         if row["scheme"] == "sandbox" and row["measure"] == "first":
             times = row["times"]
             out.print(
-                f"Not counted above: the sandbox's install() took {times['install']:.2f} s, and its forkserver was ready "
-                f"{times['install_to_ready']:.1f} s after it was called (in the background).",
+                f"Not counted above: the sandbox's install() took {times['install']:.2f} s, and its forkserver was "
+                f"ready {times['install_to_ready']:.1f} s after it was called (in the background).",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
     host = document["host"]

@@ -95,7 +95,8 @@ def _isolated(scheme: Any) -> int:
     from sandbox.inductor import compat
 
     # Inductor's SUBPROCESS counts what it really sent; what it cannot pickle it compiles in-process, silently.
-    return sum(int(stats.codegen_and_compile) for kind, stats in compat.FxCompile._compile_stats.items() if "Subprocess" in kind.__name__)
+    kinds = compat.FxCompile._compile_stats.items()
+    return sum(int(stats.codegen_and_compile) for kind, stats in kinds if "Subprocess" in kind.__name__)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sandbox.cli.output import (
     FAILED,
@@ -49,6 +49,9 @@ NAMES: Final = ("llama", "gpt2", "conv", "dropout", "cond", "triton", "bigbird",
 _NEED_TRANSFORMERS: Final = {"llama", "gpt2", "bigbird", "reformer"}
 #: Seconds for the Triton job, which waits for the forkserver's start.
 _TRITON_SECONDS: Final = 300.0
+
+#: One model in one phase, run and compared.
+Check: TypeAlias = "Callable[[], list[Comparison]]"
 
 
 @dataclass
@@ -119,7 +122,10 @@ def judge(outcomes: list[Outcome], stats: Stats) -> list[str]:
         if outcome.error:
             problems.append(f"{outcome.label}: {outcome.error}")
         elif not outcome.equal:
-            told = "; ".join(f"{entry['compared_with']}: {entry['detail']}" for entry in outcome.comparisons if entry["detail"])
+            faults = (
+                f"{entry['compared_with']}: {entry['detail']}" for entry in outcome.comparisons if entry["detail"]
+            )
+            told = "; ".join(faults)
             problems.append(f"{outcome.label}: the result differs ({told}; at most {outcome.max_difference:.3g})")
         elif stats.mode == "subprocess" and not outcome.children and not outcome.cache_hits:
             problems.append(f"{outcome.label}: nothing was compiled in a child, and nothing came from the cache")
@@ -139,8 +145,8 @@ def _work(policy: Policy, mode: str, wanted: set[str]) -> tuple[list[Outcome], S
     """Run all; returns the outcomes, the counts, and which model a job was for."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True)) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console(stderr=True)) as progress:
         task = progress.add_task("importing torch", total=None)
         from sandbox.inductor.install import install, installed, uninstall
 
@@ -168,13 +174,13 @@ def _work(policy: Policy, mode: str, wanted: set[str]) -> tuple[list[Outcome], S
     return outcomes, runner.stats(), labels
 
 
-def _plan(wanted: set[str], triton: Callable[[], list[Comparison]]) -> list[tuple[Outcome, Callable[[], list[Comparison]]]]:
+def _plan(wanted: set[str], triton: Check) -> list[tuple[Outcome, Check]]:
     from functools import partial
 
     from sandbox.cli.check import check_inference, check_training
     from sandbox.cli.models import MODELS
 
-    plan: list[tuple[Outcome, Callable[[], list[Comparison]]]] = []
+    plan: list[tuple[Outcome, Check]] = []
     for model in MODELS:
         if model.name in wanted:
             plan.append((Outcome(model.name, "inference"), partial(check_inference, model)))
@@ -186,7 +192,7 @@ def _plan(wanted: set[str], triton: Callable[[], list[Comparison]]) -> list[tupl
     return plan
 
 
-def _try(outcome: Outcome, action: Callable[[], list[Comparison]]) -> None:
+def _try(outcome: Outcome, action: Check) -> None:
     started, hits = time.monotonic(), _cache_hits()
     try:
         comparisons = action()
@@ -261,7 +267,10 @@ def _print(outcomes: list[Outcome], stats: Stats, labels: dict[str, str], docume
             f"{usage.start_seconds * 1000:.0f}", f"{usage.queue_seconds * 1000:.0f}", str(row.leaks), _enforced(row),
         )  # fmt: skip
     out.print(table)
-    table = Table("model", "result", "compared with", "largest difference", "from the cache", title="Results", title_justify="left")
+    table = Table(
+        "model", "result", "compared with", "largest difference", "from the cache",
+        title="Results", title_justify="left",
+    )  # fmt: skip
     for outcome in outcomes:
         table.add_row(
             outcome.label,
@@ -278,9 +287,9 @@ def _print(outcomes: list[Outcome], stats: Stats, labels: dict[str, str], docume
         out.print(f"{state}: {', '.join(mechanisms)}", highlight=False)
     out.print(
         f"graphs {stats.graphs}, in_child {stats.in_child}, in_process {stats.in_process}, eager {stats.eager}, "
-        f"leaks {sum(stats.leaks.values())}; {document['cache_hits']} graphs from the cache; {stats.children_started} "
-        f"children started, forkserver ready in {stats.forkserver_seconds:.1f} s, restarted {stats.forkserver_restarts} "
-        f"times; {document['seconds']:.0f} s in all",
+        f"leaks {sum(stats.leaks.values())}; {document['cache_hits']} graphs from the cache; "
+        f"{stats.children_started} children started; forkserver ready in {stats.forkserver_seconds:.1f} s, "
+        f"restarted {stats.forkserver_restarts} times; {document['seconds']:.0f} s in all",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for problem in document["problems"]:

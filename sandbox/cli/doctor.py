@@ -13,10 +13,18 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
-from sandbox import callable_job, enforce
-from sandbox.cli.output import FAILED, OK, add_json, add_policy, console, only_ours_on_stdout, print_json, size, subcommand
+from sandbox.cli.output import (
+    FAILED,
+    OK,
+    add_json,
+    add_policy,
+    console,
+    only_ours_on_stdout,
+    print_json,
+    size,
+    subcommand,
+)
 from sandbox.errors import SandboxError
-from sandbox.executor import Sandbox, usable_cores
 from sandbox.limits import Confinement
 from sandbox.policy import Policy, load
 from sandbox.results import Enforcement, JobResult, Mechanism, State
@@ -46,6 +54,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from sandbox import enforce
+
     policy = load(arguments.policy)
     with only_ours_on_stdout():
         host = host_facts()
@@ -91,24 +101,30 @@ def judge(confinement: Confinement, enforcement: Enforcement) -> tuple[list[str]
         if found is None:
             missing.append(f"The policy requires {name}, and neither child nor probe told of it.")
         elif found.state in (State.UNAVAILABLE, State.OFF):
-            missing.append(f"The policy requires {name}, which is {found.state.value} here: {found.reason or 'no reason'}.")
+            missing.append(f"The policy requires {name}, which is {found.state.value} here: {_why(found)}.")
         elif found.state is State.PARTIAL:
-            partial.append(f"The policy requires {name}, which is enforced only in part: {found.reason or 'no reason'}.")
+            partial.append(f"The policy requires {name}, which is enforced only in part: {_why(found)}.")
     return missing, partial
+
+
+def _why(mechanism: Mechanism) -> str:
+    return mechanism.reason.rstrip(".") or "no reason was given"
 
 
 def _small_job(policy: Policy) -> JobResult:
     """A child under the policy's limits. What is required is only preferred here, so that all of it is tried."""
-    softened = {name: "prefer" if demand == "require" else demand for name, demand in policy.confinement.model_dump().items()}
-    confinement = Confinement.model_validate(softened)
+    from sandbox import Sandbox, callable_job
+
+    demands = policy.confinement.model_dump().items()
+    confinement = Confinement.model_validate(
+        {name: "prefer" if demand == "require" else demand for name, demand in demands}
+    )
     # Confinement does not depend on what the forkserver holds, and without torch it starts in 0.2 s.
     light = policy.model_copy(
         update={"forkserver": policy.forkserver.model_copy(update={"import_torch": False, "preload": ()})}
     )
     with Sandbox(light) as runner:
-        job = callable_job(
-            os.getpid, limits=policy.limits, confinement=confinement, environment=runner.environment()
-        )
+        job = callable_job(os.getpid, limits=policy.limits, confinement=confinement, environment=runner.environment())
         try:
             return runner.submit(job, name="doctor").result(_CHILD_SECONDS)
         except FutureTimeoutError:
@@ -118,6 +134,8 @@ def _small_job(policy: Policy) -> JobResult:
 def host_facts() -> dict[str, Any]:
     """What matters of the host, as plain data."""
     import psutil
+
+    from sandbox.executor import usable_cores
 
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {

@@ -34,7 +34,7 @@ class Model:
     atol: float = 1e-5
 
 
-class _Logits(nn.Module):
+class _Logits(nn.Module):  # type: ignore[misc]
     """A transformers model, reduced to its first output."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -47,7 +47,7 @@ class _Logits(nn.Module):
         return result
 
 
-class Conv(nn.Module):
+class Conv(nn.Module):  # type: ignore[misc]
     """Convolution, batch norm, ReLU, pooling, twice; then a linear layer."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Conv(nn.Module):
         return result
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Module):  # type: ignore[misc]
     """Two layers with dropout between them."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Dropout(nn.Module):
         return result
 
 
-class Cond(nn.Module):
+class Cond(nn.Module):  # type: ignore[misc]
     """Control flow in the graph: the sum of the input decides which layer is used."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ def _cond() -> tuple[nn.Module, list[tuple[Any, ...]]]:
 def _bigbird() -> tuple[nn.Module, list[tuple[Any, ...]]]:
     from transformers import BigBirdConfig, BigBirdModel
 
-    # Block-sparse attention needs (5 + 2 * num_random_blocks) * block_size tokens; below that it turns to full attention.
+    # Block-sparse attention needs more than (5 + 2 * num_random_blocks) * block_size tokens; else it becomes full.
     config = BigBirdConfig(
         vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128,
         max_position_embeddings=256, block_size=8, num_random_blocks=1, use_cache=False, pad_token_id=0,
@@ -170,7 +170,7 @@ MODELS: Final = (
 )
 
 #: The demo's Triton kernel: a fused softmax over rows.
-TRITON_SOURCE: Final = '''
+TRITON_SOURCE: Final = """
 import triton
 import triton.language as tl
 
@@ -183,7 +183,7 @@ def softmax_rows(out, rows, stride, columns, BLOCK: tl.constexpr):
     values = tl.load(rows + row * stride + offsets, mask=mask, other=-float("inf"))
     raised = tl.exp(values - tl.max(values, axis=0))
     tl.store(out + row * stride + offsets, raised / tl.sum(raised, axis=0), mask=mask)
-'''
+"""
 TRITON_FUNCTION: Final = "softmax_rows"
 TRITON_SIGNATURE: Final = {"out": "*fp32", "rows": "*fp32", "stride": "i32", "columns": "i32"}
 TRITON_CONSTANTS: Final = {"BLOCK": 256}

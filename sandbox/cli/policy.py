@@ -36,7 +36,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     group = subcommand(commands, "policy", "list, show and check policies", _HELP)
     actions = group.add_subparsers(dest="action", metavar="list|show|validate|schema", required=True)
-    listing = subcommand(actions, "list", "the shipped policies", "Lists the shipped policies, with a few facts of each.")
+    listing = subcommand(
+        actions, "list", "the shipped policies", "Lists the shipped policies with a few facts of each."
+    )
     add_json(listing)
     listing.set_defaults(handler=_list)
     show = subcommand(

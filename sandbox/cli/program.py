@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CodeType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 from sandbox.errors import SandboxError
 
@@ -98,7 +98,7 @@ def _script(name: str, argv: Sequence[str]) -> Program:
         with open(file, "rb") as compiled:
             ready = pkgutil.read_code(compiled)
         if ready is not None:
-            return ready
+            return cast("CodeType", ready)
         with open(file, "rb") as source:
             return compile(source.read(), file, "exec", dont_inherit=True)
 

@@ -23,7 +23,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from sandbox.cli.output import BAD_INPUT, OK, add_mode, add_policy, checked_mode, error, subcommand, user_errors, write_whole
+from sandbox.cli.output import (
+    BAD_INPUT,
+    OK,
+    add_mode,
+    add_policy,
+    checked_mode,
+    error,
+    subcommand,
+    user_errors,
+    write_whole,
+)
 from sandbox.cli.program import find
 from sandbox.errors import SandboxError
 from sandbox.policy import Policy, load

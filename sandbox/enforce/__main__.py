@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-from sandbox import enforce, processes
+from sandbox import enforce, meter
 from sandbox.limits import Confinement, Limits
 from sandbox.results import Enforcement, Mechanism, State
 
@@ -53,10 +53,10 @@ def _watch(confinement: Confinement, keeper: int) -> Mechanism:
     """Whether a process tree can be measured here, by measuring this one."""
     if confinement.watchdog == "off":
         return Mechanism(state=State.OFF)
-    usage = processes.TreeMeter(keeper, memory_limit_bytes=0).sample()
+    usage = meter.TreeMeter(keeper, memory_limit_bytes=0).sample()
     if usage.processes < 1:
         return Mechanism(state=State.UNAVAILABLE, reason="/proc does not show the processes of a job")
-    if not processes.can_read_exactly(keeper):
+    if not meter.can_read_exactly(keeper):
         return Mechanism(
             state=State.PARTIAL,
             reason="no smaps_rollup here: memory shared with the forkserver counts as the job's",

@@ -50,7 +50,7 @@ def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> d
             stack.enter_context(compat.V.set_choices_handler(loaded.choices))
         stack.enter_context(compat.disable_current_modes())
         stack.enter_context(compat.DebugContext())
-        constants = reply.constants_of(loaded.gm)
+        constants, symbols = reply.constants_of(loaded.gm), reply.symbols_of(loaded.fake_mode.shape_env)
         counted = counting.Counts()
         built = stack.enter_context(kernels.recorded())
         code = compat.compile_in_process(
@@ -58,7 +58,7 @@ def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> d
         )
         if not isinstance(code, compat.CompiledFxGraph):
             raise UnserializableError("output_code", f"{type(code).__name__} is loaded in-process only")
-        value = reply.encode_graph(code, loaded.fake_mode.shape_env, constants)
+        value = reply.encode_graph(code, loaded.fake_mode.shape_env, constants, symbols)
         value["kernels"] = dict(built)
         value["counts"] = counted.deltas()
     value["logs"] = captured.records

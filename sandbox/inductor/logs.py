@@ -77,19 +77,23 @@ class _Capture(logging.Handler):
             self.records.append(entry)
 
 
+def _set_level(logger: logging.Logger, level: int) -> None:
+    # Each call empties the caches of every logger, which is most of a small job's own time.
+    if logger.level != level:
+        logger.setLevel(level)
+
+
 @contextlib.contextmanager
 def captured(wanted: dict[str, Any]) -> Iterator[_Capture]:
     """In a child: torch's loggers have the parent's levels, and what they log is kept instead of written."""
     capture = _Capture()
     trace = compat.structured_trace
-    saved = {
-        name: (logger, logger.level, logger.propagate, logger.handlers[:]) for name, logger in _loggers().items()
-    }
+    saved = {name: (logger, logger.level, logger.propagate, logger.handlers[:]) for name, logger in _loggers().items()}
     try:
         for name, (logger, _, _, _) in saved.items():
             logger.handlers[:] = []
             logger.propagate = name != _ROOT
-            logger.setLevel(wanted["levels"].get(name, logger.level))
+            _set_level(logger, wanted["levels"].get(name, logger.level))
         for name in wanted["levels"]:
             if name not in saved:
                 logging.getLogger(name).setLevel(wanted["levels"][name])
@@ -106,7 +110,7 @@ def captured(wanted: dict[str, Any]) -> Iterator[_Capture]:
         for logger, level, propagate, handlers in saved.values():
             logger.handlers[:] = handlers
             logger.propagate = propagate
-            logger.setLevel(level)
+            _set_level(logger, level)
 
 
 def warnings_data(caught: list[warnings.WarningMessage]) -> list[dict[str, Any]]:

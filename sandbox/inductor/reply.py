@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
+import sympy
 import torch
 
 from sandbox.errors import UnserializableError, WireError
@@ -18,7 +19,7 @@ from sandbox.inductor import compat, counting, expressions, kernels, logs, tenso
 from sandbox.inductor.failures import failure_of, rebuild_exception
 from sandbox.inductor.logs import replay_logs
 
-__all__ = ["constants_of", "decode_graph", "encode_graph", "failure_of", "rebuild_exception", "replay_logs"]
+__all__ = ["constants_of", "decode_graph", "encode_graph", "failure_of", "rebuild_exception", "replay_logs", "symbols_of"]
 
 _CACHE_KEY: Final = re.compile(r"^[a-z0-9]{8,128}$")
 _IDENTIFIER: Final = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,511}$")
@@ -54,13 +55,21 @@ def constants_of(gm: torch.fx.GraphModule) -> dict[int, str]:
     return found
 
 
-def encode_graph(code: Any, shape_env: Any, constants: dict[int, str]) -> dict[str, Any]:
+def symbols_of(shape_env: Any) -> frozenset[str]:
+    """Names of the symbols that ``shape_env`` knows: before a compile, those that the parent knows too."""
+    return frozenset(_symbols(shape_env))
+
+
+def encode_graph(
+    code: Any, shape_env: Any, constants: dict[int, str], symbols: frozenset[str] | None = None
+) -> dict[str, Any]:
     """A CompiledFxGraph, and the guards that its lowering added to ``shape_env``, as plain data.
 
     Args:
         code: what Inductor returned.
         shape_env: the child's ShapeEnv; its list of guards was empty before.
         constants: :func:`constants_of` the graph before it was compiled.
+        symbols: :func:`symbols_of` the environment before; a guard over others cannot be sent. None: not checked.
 
     Raises:
         UnserializableError: when a part has no plain form (reasons `constant`, `guard`, `opaque_value`).
@@ -98,6 +107,9 @@ def encode_graph(code: Any, shape_env: Any, constants: dict[int, str]) -> dict[s
         ]
     )
     graph["constants"] = {name: _constant_data(value, constants) for name, value in (code.constants or {}).items()}
+    for guard in shape_env.guards if symbols is not None else ():
+        if unknown := sorted(symbol.name for symbol in guard.expr.free_symbols if symbol.name not in symbols):
+            raise UnserializableError("guard", f"{guard.expr} is about symbols made while lowering: {', '.join(unknown)}")
     guards = [
         {"expr": expressions.encode(guard.expr), "size_oblivious": bool(getattr(guard, "size_oblivious", False))}
         for guard in shape_env.guards
@@ -173,14 +185,24 @@ def decode_graph(
             # Generated code may raise anything when it is imported.
             raise WireError(f"the compiled graph cannot be loaded: {type(error).__name__}: {error}") from error
     for expr, size_oblivious in guards:
-        if not shape_env.evaluate_expr(expr, size_oblivious=size_oblivious):
-            raise WireError(f"the guard {expr} of the reply does not hold for the shapes that were traced")
+        _add_guard(shape_env, expr, size_oblivious)
     if bool(graph_kwargs.get("cudagraphs")) and code.disabled_cudagraphs_reason:
         compat.BoxedBool.disable(graph_kwargs["cudagraphs"])
     counting.apply(data["counts"])
     if compat.GraphLowering.save_output_code is not None:
         compat.GraphLowering.save_output_code(code.source_code)
     return code
+
+
+def _add_guard(shape_env: Any, expr: Any, size_oblivious: bool) -> None:
+    """Evaluate a guard as lowering did in the child: that adds it here, with what follows from it."""
+    try:
+        holds = shape_env.evaluate_expr(expr, size_oblivious=size_oblivious)
+    except Exception as error:
+        # What evaluates in the child evaluates here; all else is a guard that lowering never made.
+        raise WireError(f"the guard {expr} of the reply cannot be evaluated: {error}") from error
+    if holds is not True and holds != sympy.true:
+        raise WireError(f"the guard {expr} of the reply does not hold for the shapes that were traced")
 
 
 def _without_metadata(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -237,9 +259,12 @@ def _compiled_graph(data: dict[str, Any], gm: torch.fx.GraphModule, symbols: fro
     code = object.__new__(compat.CompiledFxGraph)
     # What a failed load leaves behind must still be deletable.
     code.compiled_fn_runner = code.current_callable = code.recursively_apply_fns = None
+    fields = compat.CompiledFxGraph.__dataclass_fields__
     for name, kinds in _PLAIN.items():
-        if name not in data:
+        if name not in fields:
             continue
+        if name not in data:
+            raise WireError(f"reply: {name!r} is missing")
         if type(data[name]) not in kinds:
             raise WireError(f"reply: {name!r} must be {' or '.join(kind.__name__ for kind in kinds)}")
         setattr(code, name, data[name])
@@ -364,5 +389,3 @@ def _placeholder(data: dict[str, Any], depth: int) -> Any:
             raise WireError(f"reply: a placeholder's {name!r} must be text")
     users = [_placeholder(item, depth + 1) for item in _list(data, "users", (dict,))]
     return compat.PlaceholderInfo(data["name"], data["stack_trace"], users, data["mutating_use_stack_trace"])
-
-

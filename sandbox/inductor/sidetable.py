@@ -66,19 +66,7 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
     """A kernel as data that pickles: source, options and the globals it names, nested kernels included."""
     kind = type(kernel).__name__
     if kind in _LAYERS:
-        fields = {}
-        for name, value in vars(kernel).items():
-            if name in ("fn", "base_fn", "cache", "do_bench", "_do_bench") or (kind == "Autotuner" and name == "nargs"):
-                continue
-            try:
-                pickling.dumps(value)
-            except UnserializableError:
-                # A hook of the autotuner that only matters when it benchmarks, which a child does not.
-                if name not in ("pre_hook", "post_hook", "perf_model", "early_config_prune"):
-                    raise
-                value = None
-            fields[name] = value
-        return {"kind": kind, "fn": kernel_data(kernel.fn, seen), "fields": fields}
+        return {"kind": kind, "fn": kernel_data(kernel.fn, seen), "fields": _layer_fields(kernel)}
     if not hasattr(kernel, "src") or not hasattr(kernel, "fn"):
         raise UnserializableError("triton_kernel", f"{kind} is neither a jit function, an autotuner nor heuristics")
     if id(kernel) in seen:
@@ -102,6 +90,23 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
         "defaults": function.__defaults__,
         "annotations": {name: _annotation(value) for name, value in function.__annotations__.items()},
     }
+
+
+def _layer_fields(layer: Any) -> dict[str, Any]:
+    """The attributes of an autotuner or of heuristics, without caches and without hooks that triton made itself."""
+    fields = {}
+    for name, value in vars(layer).items():
+        if name in ("fn", "base_fn", "cache", "do_bench", "_do_bench", "nargs", "bench_time"):
+            continue
+        if name in ("pre_hook", "post_hook") and not getattr(layer, f"user_defined_{name}", False):
+            # Closures over the autotuner; they only run when it benchmarks, which a child does not.
+            continue
+        try:
+            pickling.dumps(value)
+        except UnserializableError as error:
+            raise UnserializableError("triton_kernel", f"{type(layer).__name__}.{name}: {error}") from None
+        fields[name] = value
+    return fields
 
 
 def _annotation(value: Any) -> Any:
@@ -145,6 +150,10 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z_][A-Za-z0-9_]*", text)
 
 
+def _no_hook(*args: Any, **kwargs: Any) -> None:
+    """Stands for the hooks that triton makes for an autotuner."""
+
+
 def make_kernel(data: dict[str, Any], made: dict[str, Any]) -> Any:
     """Rebuild a kernel from :func:`kernel_data`. In a child."""
     import triton
@@ -161,6 +170,8 @@ def make_kernel(data: dict[str, Any], made: dict[str, Any]) -> Any:
         if data["kind"] == "Autotuner":
             layer.cache, layer.nargs = {}, None
             layer._do_bench = None
+            vars(layer).setdefault("pre_hook", _no_hook)
+            vars(layer).setdefault("post_hook", _no_hook)
         base = layer.fn
         while type(base).__name__ in _LAYERS:
             base = base.fn
