@@ -58,6 +58,9 @@ class _Job:
     """What multiprocess's server runs in a child: anything with a method `_bootstrap`."""
 
     def _bootstrap(self, parent_sentinel: int | None = None) -> int:
+        # Dill sends a class of `__main__` by value, and methods without the module's globals.
+        import os
+
         from multiprocess import forkserver
 
         os.write(forkserver._forkserver._inherited_fds[0], b"R")

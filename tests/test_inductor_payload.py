@@ -125,13 +125,14 @@ def test_a_guard_that_only_lowering_adds_arrives(template: Template) -> None:
     assert len(template.replies) == 2, "the other size must be compiled anew"
 
 
-def test_loading_needs_no_compiler_and_starts_no_worker(template: Template, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_loading_needs_no_compiler_and_starts_no_worker(template: Template, monkeypatch: Any, wrapper: bool) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"the parent started {args}")
 
     function = SMALL["matmul"][0]
     x = torch.randn(6, 6)
-    with template.installed(), monkeypatch.context() as patch:
+    with template.installed(), monkeypatch.context() as patch, compat.inductor_config.patch(cpp_wrapper=wrapper):
         patch.setattr(subprocess, "Popen", refuse)
         patch.setattr(os, "fork", refuse)
         same(torch.compile(function)(x, x), function(x, x))
@@ -219,15 +220,16 @@ def test_training_steps_of_transformers(template: Template, name: str) -> None:
     other = copy.deepcopy(model)
 
     def loss(output: Any) -> Any:
-        return (output.logits if hasattr(output, "logits") else output.last_hidden_state).square().mean()
+        return (output.logits if hasattr(output, "logits") else output.last_hidden_state).sin().mean()
 
     with template.installed():
         loss(torch.compile(model)(x)).backward()
     loss(other(x)).backward()
-    same(
-        [p.grad for p in model.parameters() if p.grad is not None],
-        [p.grad for p in other.parameters() if p.grad is not None],
-    )
+    # Eager leaves None where the compiled step gives zeros (the pooler that the loss does not use).
+    both = zip(model.parameters(), other.parameters(), strict=True)
+    pairs = [(p.grad, q.grad) for p, q in both if q.grad is not None]
+    same([one for one, _ in pairs], [two for _, two in pairs])
+    assert max(float(two.abs().max()) for _, two in pairs) > 1e-4
 
 
 def test_a_malformed_reply_is_a_wire_error_and_nothing_else(template: Template) -> None:
@@ -266,8 +268,9 @@ def test_a_malformed_reply_is_a_wire_error_and_nothing_else(template: Template) 
 @pytest.mark.parametrize(
     "tree",
     [
-        ["symbol", "s99"], ["call", "sympy.exec", []], ["int", 1 << 4000], ["int", True], "s0", [], ["call", "sympy.Add"],
-        ["call", "sympy.Pow", [["int", 10], ["int", 1 << 60]]], ["rational", 1, 0], ["call", "torch.FloorDiv", [["int", 1]]],
+        ["symbol", "s99"], ["call", "sympy.exec", []], ["int", 1 << 4000], ["int", True], "s0", [],
+        ["call", "sympy.Add"], ["call", "sympy.Pow", [["int", 10], ["int", 1 << 60]]], ["rational", 1, 0],
+        ["call", "torch.FloorDiv", [["int", 1]]],
     ],
 )  # fmt: skip
 def test_a_malformed_expression_is_a_wire_error(tree: Any) -> None:
@@ -329,7 +332,8 @@ def test_user_triton_kernels_are_rebuilt_from_source_in_another_process() -> Non
         "k = table.get_kernel(3)\n"
         "print(type(k).__name__, len(k.configs), k.fn.cache_key == k.fn.cache_key, table.get_constant_args(7))\n"
         "print(k.fn.src)\n"
-        "print(sorted(n for n in k.fn.fn.__globals__ if n in ('helper', 'SCALE')), k.fn.fn.__globals__['SCALE'].value)\n"
+        "known = k.fn.fn.__globals__\n"
+        "print(sorted(n for n in known if n in ('helper', 'SCALE')), known['SCALE'].value)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(

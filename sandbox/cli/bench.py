@@ -27,8 +27,8 @@ Compiles the same graphs under Inductor's NORMAL mode, under its SUBPROCESS mode
   steady   six small graphs (seven with the backward one), one after the other, after one warm-up compile
   first    the first compile of a process; the sandbox's forkserver is ready by then, and its start is told apart
 
-Each measurement is a fresh process with its own empty TMPDIR and TORCHINDUCTOR_CACHE_DIR, so that nothing is inherited
-(Inductor keeps the precompiled C++ header under TMPDIR). Importing torch and Inductor is not counted, in
+Each measurement is a fresh process with its own empty TMPDIR and TORCHINDUCTOR_CACHE_DIR, so that nothing is
+inherited (Inductor keeps the precompiled C++ header under TMPDIR). Importing torch and Inductor is not counted, in
 any scheme. The order is random in each round. Every result is compared with eager. Caches: `off`
 (force_disable_caches), `on` (all graphs miss and are stored), `hits` (a second process with the folders of `on`).
 
@@ -116,9 +116,9 @@ def _runs(kinds: list[tuple[str, str]], arguments: argparse.Namespace) -> Iterat
 def _one(measure: str, cache: str, scheme: str, round_: int, folder: Path, policy: str) -> dict[str, Any]:
     """One measurement in a fresh process."""
     environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    # torch keeps the precompiled header under TMPDIR, not in its cache folder: a fresh one for each process.
-    temporary = folder / f"tmp-{cache}"
-    temporary.mkdir()
+    # torch keeps the precompiled header under TMPDIR, not in its cache folder. Both are shared by `on` and `hits` only.
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
     environment["TMPDIR"] = str(temporary)
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
     environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1" if cache == "off" else "0"

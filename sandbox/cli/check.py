@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -124,7 +125,9 @@ def _in_this_process() -> Iterator[None]:
         raise RuntimeError("the sandbox is not installed")
     install(before.policy, "normal")
     try:
-        with compat.inductor_config.patch(force_disable_caches=True):
+        with compat.inductor_config.patch(force_disable_caches=True), warnings.catch_warnings():
+            # It says that a cache is off, as asked for.
+            warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
             yield
     finally:
         install(before.policy, before.mode)

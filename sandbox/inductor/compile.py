@@ -41,6 +41,9 @@ def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> d
         stack.enter_context(request.contexts())
         stack.enter_context(_threads(kernel_threads))
         stack.enter_context(compat.inductor_config.patch(_settings(config_overrides, kernel_threads)))
+        # With TORCH_COMPILE_DEBUG, Inductor writes below the current folder, which is not the job's.
+        debug = os.path.join(compat.runtime_cache_dir(), "torch_compile_debug")
+        stack.enter_context(compat.dynamo_config.patch(debug_dir_root=debug))
         captured = stack.enter_context(logs.captured(request.settings["loggers"]))
         loaded = request.load()
         stack.enter_context(compat.tracing(loaded.tracing))

@@ -28,7 +28,7 @@ _CONFIG_LEFT: Final = frozenset(
 )  # fmt: skip
 _FUNCTORCH_LEFT: Final = frozenset({"enable_autograd_cache", "enable_remote_autograd_cache"})
 #: The few Dynamo settings that Inductor reads.
-_DYNAMO_SENT: Final = ("suppress_errors", "use_lazy_graph_module", "debug_dir_root", "dynamic_shapes")
+_DYNAMO_SENT: Final = ("suppress_errors", "use_lazy_graph_module", "dynamic_shapes")
 
 
 @dataclass
@@ -231,10 +231,13 @@ def _config(module: Any, left: frozenset[str]) -> dict[str, Any]:
     """Every setting that can travel. A custom pass that cannot is an error: without it the code would differ."""
     found: dict[str, Any] = {}
     for name, value in module._get_dict().items():
-        if name in left or (name.startswith("_") and not callable(value)):
+        if name in left:
             continue
         if value is None or type(value) in (bool, int, float, str):
             found[name] = value
+            continue
+        if name.startswith("_") and not callable(value):
+            # Lists about saving configurations, not about code.
             continue
         try:
             pickling.dumps(value)

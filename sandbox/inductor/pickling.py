@@ -109,7 +109,7 @@ class Pickler(pickle.Pickler):
 
     def _script_object(self, obj: Any) -> Any:
         real = object.__getattribute__(obj, "real_obj")
-        if real is not None and compat.is_opaque_value_type(type(real)):
+        if real is not None and compat.has("is_opaque_value_type") and compat.is_opaque_value_type(type(real)):
             return NotImplemented
         raise UnserializableError("script_object", f"{type(real or obj).__name__} lives in this process only")
 
@@ -146,8 +146,7 @@ def dumps(obj: Any) -> bytes:
     """
     stream = io.BytesIO()
     try:
-        with compat.patch_pytree_map_over_slice():
-            Pickler(stream).dump(obj)
+        Pickler(stream).dump(obj)
     except UnserializableError:
         raise
     except Exception as error:
@@ -167,8 +166,7 @@ class _Unpickler(pickle.Unpickler):
 
 def loads(data: bytes, fake_mode: Any) -> Any:
     """Unpickle what :func:`dumps` made, with every fake tensor and symbol in ``fake_mode``. In a child only."""
-    with compat.patch_pytree_map_over_slice():
-        return _Unpickler(data, compat.UnpickleState(fake_mode)).load()
+    return _Unpickler(data, compat.UnpickleState(fake_mode)).load()
 
 
 # Fake tensors, symbols, small things -------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from sandbox.inductor import compat, counting, expressions, kernels, logs, tenso
 from sandbox.inductor.failures import failure_of, rebuild_exception
 from sandbox.inductor.logs import replay_logs
 
-__all__ = ["constants_of", "decode_graph", "encode_graph", "failure_of", "rebuild_exception", "replay_logs", "symbols_of"]
+__all__ = [
+    "constants_of", "decode_graph", "encode_graph", "failure_of", "rebuild_exception", "replay_logs", "symbols_of",
+]  # fmt: skip
 
 _CACHE_KEY: Final = re.compile(r"^[a-z0-9]{8,128}$")
 _IDENTIFIER: Final = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,511}$")
@@ -60,16 +62,14 @@ def symbols_of(shape_env: Any) -> frozenset[str]:
     return frozenset(_symbols(shape_env))
 
 
-def encode_graph(
-    code: Any, shape_env: Any, constants: dict[int, str], symbols: frozenset[str] | None = None
-) -> dict[str, Any]:
+def encode_graph(code: Any, shape_env: Any, constants: dict[int, str], symbols: frozenset[str]) -> dict[str, Any]:
     """A CompiledFxGraph, and the guards that its lowering added to ``shape_env``, as plain data.
 
     Args:
         code: what Inductor returned.
         shape_env: the child's ShapeEnv; its list of guards was empty before.
         constants: :func:`constants_of` the graph before it was compiled.
-        symbols: :func:`symbols_of` the environment before; a guard over others cannot be sent. None: not checked.
+        symbols: :func:`symbols_of` the environment before; a guard over others cannot be sent.
 
     Raises:
         UnserializableError: when a part has no plain form (reasons `constant`, `guard`, `opaque_value`).
@@ -107,9 +107,10 @@ def encode_graph(
         ]
     )
     graph["constants"] = {name: _constant_data(value, constants) for name, value in (code.constants or {}).items()}
-    for guard in shape_env.guards if symbols is not None else ():
-        if unknown := sorted(symbol.name for symbol in guard.expr.free_symbols if symbol.name not in symbols):
-            raise UnserializableError("guard", f"{guard.expr} is about symbols made while lowering: {', '.join(unknown)}")
+    for guard in shape_env.guards:
+        unknown = {symbol.name for symbol in guard.expr.free_symbols} - symbols
+        if unknown:
+            raise UnserializableError("guard", f"{guard.expr} is about symbols made while lowering: {sorted(unknown)}")
     guards = [
         {"expr": expressions.encode(guard.expr), "size_oblivious": bool(getattr(guard, "size_oblivious", False))}
         for guard in shape_env.guards
@@ -268,6 +269,8 @@ def _compiled_graph(data: dict[str, Any], gm: torch.fx.GraphModule, symbols: fro
         if type(data[name]) not in kinds:
             raise WireError(f"reply: {name!r} must be {' or '.join(kind.__name__ for kind in kinds)}")
         setattr(code, name, data[name])
+    if missing := sorted({"output_strides", "cudagraph_info", "partition_maps"} - set(data)):
+        raise WireError(f"reply: {', '.join(missing)} missing")
     if not _CACHE_KEY.match(data.get("cache_key") or ""):
         raise WireError(f"reply: the cache key {data.get('cache_key')!r:.80} is malformed")
     if not isinstance(data.get("source_code"), str):
