@@ -74,6 +74,8 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) 
     _standard_streams(stderr_fd)
     die_with_parent(signal.SIGKILL, keeper)
     os.chdir(scratch)
+    # Descriptors that arrive by a socket are inheritable: no program that the job starts may talk for it.
+    os.set_inheritable(job_fd, False)
     channel = socket.socket(fileno=job_fd)
     try:
         frame = receive(channel)

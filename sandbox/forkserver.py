@@ -245,7 +245,9 @@ class Forkserver:
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            # Importing Inductor asks for the device count; through NVML it leaves CUDA usable in forked children.
+            # The template must not touch the GPUs, or its children cannot: see sandbox/inductor/devices.py. With
+            # this check PyTorch heeds the empty list without asking CUDA.
+            "CUDA_VISIBLE_DEVICES": "",
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         environment.pop("TORCHINDUCTOR_FX_COMPILE_MODE", None)

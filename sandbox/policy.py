@@ -87,14 +87,15 @@ class Policy(_Model):
     """Jobs that run side by side, a count; more wait. 0 means one per usable core."""
     kernel_threads: Annotated[int, Field(ge=0, le=256)] = 0
     """Kernels of one job that are built side by side, a count. 0 means one per usable core, at most 8."""
-    gpu: bool = False
-    """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live)."""
+    gpu: bool = True
+    """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live). In
+    this version a graph for a GPU needs it; without it the graph is `unserializable` (`gpu_not_granted`)."""
     allow_in_process: bool = True
     """Whether any graph may be compiled in the serving process. If false, a ladder's `in_process` is skipped."""
     allow_in_process_after_crash: bool = False
     """DANGEROUS. Whether a graph that has killed a child may be compiled in the serving process."""
     environment: tuple[EnvironmentName, ...] = (
-        "PATH", "LANG", "LC_*", "TZ", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH",
+        "PATH", "LANG", "LC_*", "TZ", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
         "TORCHINDUCTOR_*", "TORCH_LOGS", "TRITON_*", "OMP_NUM_THREADS", "CPATH", "LIBRARY_PATH",
     )  # fmt: skip
     """Environment variables that a child may see; `*` at the end matches any rest. All others are removed."""

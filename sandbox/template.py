@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from sandbox import keeper
@@ -28,6 +29,8 @@ from sandbox.processes import descendants, kill_tree
 
 #: Control messages are small; what is larger (spec, payload) goes to the worker by the job's own socket.
 MAX_MESSAGE = 64 * 1024
+#: Seconds that ended threads may take to leave the kernel's list after the warm-up.
+THREAD_SECONDS = 1.0
 
 
 def main(control_fd: int) -> None:
@@ -65,11 +68,14 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
             importlib.import_module("sandbox.inductor.compile").warm_up()
     for module in settings["preload"]:
         importlib.import_module(module)
-    threads = thread_count()
+    # A thread that was joined may take a moment to be gone from the kernel's list.
+    deadline = time.monotonic() + THREAD_SECONDS
+    while (threads := thread_count()) != 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
     if threads != 1:
         raise RuntimeError(
-            f"the template has {threads} OS threads after its warm-up; forking it would be unsafe. "
-            f"A module in forkserver.preload may have started one: {settings['preload']}"
+            f"the template has {threads} OS threads after its warm-up ({', '.join(_thread_names())}); forking it would "
+            f"be unsafe. A module in forkserver.preload may have started one: {settings['preload']}"
         )
     return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads}
 
@@ -115,6 +121,10 @@ def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], keepe
 def thread_count() -> int:
     """OS threads of this process, a count."""
     return len(os.listdir("/proc/self/task"))
+
+
+def _thread_names() -> list[str]:
+    return [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
 
 
 def _open_fds() -> int:

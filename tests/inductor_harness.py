@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sandbox import template
 from sandbox.inductor import compat, compile, failures, payload, reply
 
 
@@ -41,9 +42,9 @@ class Template:
     """A process forked after the warm-up, that forks a child per payload."""
 
     def __init__(self) -> None:
-        before = compile.threads_of_this_process()
+        before = template.thread_count()
         compile.warm_up()
-        self.threads_added = compile.threads_of_this_process() - before
+        self.threads_added = template.thread_count() - before
         to_child, self._send = os.pipe()
         self._receive, from_child = os.pipe()
         self.pid = os.fork()

@@ -30,10 +30,10 @@ Compiles the same graphs under Inductor's NORMAL mode, under its SUBPROCESS mode
 Each measurement is a fresh process with its own empty TMPDIR and TORCHINDUCTOR_CACHE_DIR, so that nothing is
 inherited (Inductor keeps the precompiled C++ header under TMPDIR). Importing torch and Inductor is not counted, in
 any scheme. The order is random in each round. Every result is compared with eager. Caches: `off`
-(force_disable_caches), `on` (all graphs miss and are stored), `hits` (a second process with the folders of `on`).
+(force_disable_caches), `on` (all graphs miss and are stored), `hits` (new processes with the folders of `on`).
 
 examples:
-  sandbox bench                                # about 10 minutes on 2 cores; keep the machine quiet
+  sandbox bench                                # about 20 minutes on 2 cores; keep the machine quiet
   sandbox bench --repeats 1 --cache off        # a quick look
   sandbox bench --json --out bench.json
 
@@ -56,7 +56,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommand(commands, "bench", "side by side with Inductor's own modes", _HELP)
     add_policy(parser)
     add_json(parser)
-    parser.add_argument("--repeats", metavar="N", type=int, default=5, help="rounds; default 5")
+    parser.add_argument("--repeats", metavar="N", type=int, default=3, help="rounds; default 3")
     parser.add_argument(
         "--cache", choices=("off", "on", "both"), default="both", help="Inductor's caches in `steady`; default both"
     )
@@ -108,8 +108,10 @@ def _runs(kinds: list[tuple[str, str]], arguments: argparse.Namespace) -> Iterat
             with tempfile.TemporaryDirectory(prefix="sandbox-bench-") as folder:
                 yield _one(measure, cache, scheme, round_, Path(folder), arguments.policy)
                 if cache == "on":
-                    # The same once more, in a new process: now every graph is in the cache.
-                    yield _one(measure, "hits", scheme, round_, Path(folder), arguments.policy)
+                    # Once more, in new processes: now every graph is in the cache. `first` comes before `steady`,
+                    # whose warm-up pays what a process pays once.
+                    for again in ("first", measure):
+                        yield _one(again, "hits", scheme, round_, Path(folder), arguments.policy)
             progress.advance(task)
 
 
@@ -124,7 +126,7 @@ def _one(measure: str, cache: str, scheme: str, round_: int, folder: Path, polic
     environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1" if cache == "off" else "0"
     if scheme == "subprocess":
         environment["TORCHINDUCTOR_FX_COMPILE_MODE"] = "SUBPROCESS"
-    out = folder / f"answer-{cache}.json"
+    out = folder / f"answer-{measure}-{cache}.json"
     task = {"measure": measure, "scheme": scheme, "policy": policy, "out": str(out)}
     run: dict[str, Any] = {
         "measure": measure, "cache": cache, "scheme": scheme, "round": round_, "load": os.getloadavg()[0],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
+import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,16 @@ RATE: Final = 0.1
 Tensors = dict[str, torch.Tensor]
 
 
+def seed() -> None:
+    """Equal random numbers from here on, whichever library draws them."""
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    if importlib.util.find_spec("numpy") is not None:
+        import numpy
+
+        numpy.random.seed(SEED % 2**32)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Whether two runs agree."""
@@ -37,7 +49,7 @@ class Comparison:
 
 def infer(module: nn.Module, inputs: list[tuple[Any, ...]]) -> Tensors:
     """The outputs without gradients, by name."""
-    torch.manual_seed(SEED)
+    seed()
     with torch.no_grad():
         return {f"output {number}": module(*values).detach().clone() for number, values in enumerate(inputs)}
 
@@ -47,7 +59,7 @@ def train(module: nn.Module, original: nn.Module, inputs: list[tuple[Any, ...]])
 
     ``module`` is ``original``, or its compiled form, which shares its parameters.
     """
-    torch.manual_seed(SEED)
+    seed()
     optimizer = torch.optim.SGD(original.parameters(), lr=RATE)
     found: Tensors = {}
     for number, values in enumerate(inputs):
@@ -87,7 +99,8 @@ def check_inference(model: Model) -> list[Comparison]:
     module, inputs = _build(model)
     module.eval()
     expected = infer(module, inputs)
-    return [compare(model, infer(torch.compile(module), inputs), expected, "eager")]
+    with _random_as_eager():
+        return [compare(model, infer(torch.compile(module), inputs), expected, "eager")]
 
 
 def check_training(model: Model) -> list[Comparison]:
@@ -97,7 +110,6 @@ def check_training(model: Model) -> list[Comparison]:
     eager = copy.deepcopy(module)
     found = []
     if model.random:
-        # Inductor's random numbers are its own: only with eager's can the two be compared.
         torch.compiler.reset()
         ours, theirs = copy.deepcopy(module), copy.deepcopy(module)
         sandboxed = train(torch.compile(ours), ours, inputs)
@@ -105,7 +117,7 @@ def check_training(model: Model) -> list[Comparison]:
         with _in_this_process():
             found.append(compare(model, sandboxed, train(torch.compile(theirs), theirs, inputs), "in-process compile"))
         torch.compiler.reset()
-    with compat.inductor_config.patch(fallback_random=True) if model.random else contextlib.nullcontext():
+    with _random_as_eager():
         compiled = train(torch.compile(module), module, inputs)
     found.append(compare(model, compiled, train(eager, eager, inputs), "eager"))
     return found
@@ -113,8 +125,18 @@ def check_training(model: Model) -> list[Comparison]:
 
 def _build(model: Model) -> tuple[nn.Module, list[tuple[Any, ...]]]:
     torch.compiler.reset()
-    torch.manual_seed(SEED)
+    seed()
     return model.build()
+
+
+@contextlib.contextmanager
+def _random_as_eager() -> Iterator[None]:
+    """Compiled code draws eager's random numbers inside the block: those of its own could not be compared."""
+    with (
+        compat.inductor_config.patch(fallback_random=True),
+        compat.dynamo_config.patch(use_numpy_random_stream=True),
+    ):
+        yield
 
 
 @contextlib.contextmanager

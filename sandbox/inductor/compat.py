@@ -90,6 +90,7 @@ NAMES: Final[Mapping[str, Private]] = {
     "functorch_config": Private("torch._functorch.config"),
     "dynamo_config": Private("torch._dynamo.config"),
     "lowering": Private("torch._inductor.lowering"),
+    "make_fx": Private("torch.fx.experimental.proxy_tensor:make_fx"),
     "decompositions": Private("torch._inductor.decomposition:select_decomp_table"),
     # Kernels: where they are built and loaded.
     "async_compile": Private("torch._inductor.async_compile"),
@@ -111,6 +112,10 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.async_compile:AsyncCompile.pool",
     "torch._inductor.async_compile:maybe_warm_pool",
     "torch._inductor.codecache:FxGraphCache._save_graph",
+    "torch._inductor.codecache:CacheBase.get_system",
+    "torch._dynamo.device_interface:_device_initialized",
+    "torch.cuda:_cached_device_count",
+    "torch.cuda:_is_in_bad_fork",
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
     "torch._inductor.graph:GraphLowering.save_output_code",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_expr",
@@ -197,6 +202,21 @@ def replace_save_graph(replacement: Any) -> Any:
     before = cache._save_graph
     cache._save_graph = staticmethod(replacement)
     return before
+
+
+def make_fx(function: Compile, decompositions: Any, mode: str) -> Compile:
+    """`torch.fx`'s tracer of tensor programs; ``mode`` is `fake` or `symbolic`."""
+    traced: Compile = _look_up(NAMES["make_fx"].where)(function, decomposition_table=decompositions, tracing_mode=mode)
+    return traced
+
+
+def forget_device_count() -> None:
+    """Have `torch.cuda.device_count` and Dynamo's table of device interfaces look anew."""
+    for module, name, value in (
+        ("torch.cuda", "_cached_device_count", None),
+        ("torch._dynamo.device_interface", "_device_initialized", False),
+    ):
+        setattr(importlib.import_module(module), name, value)
 
 
 def compile_in_process(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -141,9 +140,8 @@ def warm_up() -> None:
         os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
         compat.check()
         for data in _samples():
-            run(data, {}, 1)
+            run(data, {}, min(len(os.sched_getaffinity(0)), 8))
         counting.reset()
-        torch._dynamo.reset()
     finally:
         for name, value in before.items():
             if value is None:
@@ -171,51 +169,57 @@ def _forget_kernels() -> None:
 
 
 def _samples() -> list[bytes]:
-    """Payloads of small graphs that between them touch what most graphs touch."""
-    made: list[bytes] = []
+    """Payloads of small graphs that between them touch what most graphs touch.
 
-    def catch(gm: Any, example_inputs: Any, inputs_to_check: Any, *args: Any, **graph_kwargs: Any) -> Any:
-        graph_kwargs.pop("compile_region_name", None)
-        made.append(payload.encode(gm, example_inputs, inputs_to_check, graph_kwargs))
-        raise _Caught
+    Traced with fake tensors only: Dynamo and the autograd engine would start CUDA, and threads, in the template.
+    """
 
-    def inference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(torch.nn.functional.gelu(x @ y), -1).sum(0) + torch.arange(8)
+    def inference(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.softmax(torch.nn.functional.gelu(x @ y), -1).sum(0) + torch.arange(8),)
 
-    def training(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.layer_norm(torch.nn.functional.dropout(x @ w, 0.5), (8,)).sum()
+    def backward(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, mean, rstd = torch.ops.aten.native_layer_norm(torch.ops.aten.addmm(x, x, w), [8], None, None, 1e-5)
+        mask = torch.ops.aten.bernoulli.p(torch.ops.aten.empty_like(out), 0.5)
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+            out * mask, x, [8], mean, rstd, None, None, [True, False, False]
+        )
+        return grad.t() @ x, grad.sum(0, keepdim=True), torch.ops.aten.convolution_backward(
+            x.view(1, 1, 8, 8), x.view(1, 1, 8, 8), w.view(1, 1, 8, 8)[..., :1, :1], None, [1, 1], [0, 0], [1, 1],
+            False, [0, 0], 1, [True, False, False],
+        )[0]  # fmt: skip
 
-    def shapes(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x, x * 2]).relu().mean(0)
+    def shapes(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.cat([x, x * 2]).relu().mean(0),)
 
-    before = compat.replace_compile(catch)
-    quiet = compat.inductor_config.patch(compile_threads=1, fx_graph_cache=False, worker_start_method="fork")
-    try:
-        with quiet, compat.functorch_config.patch(enable_autograd_cache=False):
-            for function, arguments, dynamic in (
-                (inference, (torch.ones(8, 8), torch.ones(8, 8)), False),
-                (training, (torch.ones(8, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)), False),
-                (shapes, (torch.ones(6, 8),), True),
-            ):
-                with contextlib.suppress(Exception):
-                    torch.compile(function, dynamic=dynamic)(*arguments)
-                torch._dynamo.reset()
-    finally:
-        compat.replace_compile(before)
-    return made
+    square = torch.ones(8, 8)
+    return [
+        _sample(inference, (square, square)),
+        _sample(backward, (square, square), is_backward=True),
+        _sample(shapes, (torch.ones(6, 8),), dynamic=True),
+    ]
 
 
-class _Caught(Exception):
-    """Ends a compile whose payload has been taken."""
-
-
-def failure_of(error: BaseException) -> Any:
-    """See :func:`sandbox.inductor.failures.failure_of`."""
-    from sandbox.inductor import failures
-
-    return failures.failure_of(error)
-
-
-def threads_of_this_process() -> int:
-    """How many OS threads this process has."""
-    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
+def _sample(
+    function: Callable[..., Any],
+    arguments: tuple[torch.Tensor, ...],
+    *,
+    is_backward: bool = False,
+    dynamic: bool = False,
+) -> bytes:
+    table = compat.decompositions()
+    gm = compat.make_fx(function, table, "symbolic" if dynamic else "fake")(*arguments)
+    inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+    kwargs = {
+        "cudagraphs": compat.BoxedBool(False),
+        "static_input_idxs": (),
+        "is_backward": is_backward,
+        "is_inference": not is_backward,
+        "graph_id": 0,
+        "cpp_wrapper": False,
+        "fx_wrapper": False,
+        "boxed_forward_device_index": None,
+        "layout_opt": None,
+        "extern_node_serializer": None,
+    }
+    with compat.tracing(compat.TracingContext(compat.detect_fake_mode(inputs))):
+        return payload.encode(gm, inputs, [], kwargs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.errors import SandboxError
-from sandbox.inductor import compat
+from sandbox.inductor import compat, kernels
 from sandbox.inductor.eager import eager_class
 from sandbox.inductor.scheme import Mode, Scheme, check_mode
 from sandbox.policy import Policy, load
@@ -58,6 +58,7 @@ def uninstall() -> None:
             compat.replace_compile(_original)
             compat.replace_save_graph(_original_save)
             compat.enable_worker_pool()
+            kernels.remove_loader()
             _original = None
     for scheme in schemes:
         scheme.close()

@@ -227,10 +227,11 @@ class _Compile:
             raise
 
     def _load(self, value: Any, job_id: str) -> Any:
-        logs.replay_logs(value, job_id)
-        return reply.decode_graph(
+        output = reply.decode_graph(
             value, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
         )
+        logs.replay_logs(value, job_id)
+        return output
 
     def _serialized(self, spec: FxGraphSpec, data: bytes) -> tuple[Any, JobResult]:
         """The mode `serialize`: through payload and reply, but in this process. For debugging."""
@@ -271,7 +272,9 @@ class _Compile:
 def _reason(result: JobResult) -> str:
     """The short word under which an in-process compile is counted."""
     if result.status is Status.UNSERIALIZABLE:
-        return f"unserializable: {result.detail.partition(':')[0].strip()[:60]}"
+        # In a child the class of the exception comes first.
+        detail = result.detail.removeprefix("UnserializableError: ")
+        return f"unserializable: {detail.partition(':')[0].strip()[:60]}"
     return result.status.value
 
 

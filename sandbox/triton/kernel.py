@@ -7,7 +7,7 @@ Targets are `cuda:CAPABILITY[:WARP]`, for example `cuda:90` for an H100 or H200,
 from __future__ import annotations
 
 import importlib.util
-import os
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,15 +102,14 @@ def compile_source(spec: TritonKernelSpec, source: str) -> dict[str, Any]:
 
 def _load(source: str) -> ModuleType:
     """Import the source from a file: Triton reads a kernel's text back through `inspect`."""
-    handle, path = tempfile.mkstemp(suffix=".py", prefix="kernel_")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(source)
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    with tempfile.TemporaryDirectory(prefix="kernel_") as folder:
+        path = Path(folder) / "kernel_source.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None:
             raise JobError(f"triton_kernel: {path} cannot be imported")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        # Before the file goes: Triton's cache key is over the text.
+        inspect.getsource(module)
         return module
-    finally:
-        os.unlink(path)
