@@ -1,9 +1,9 @@
 """Kernel files on their way from a job's scratch folder into the user's cache.
 
-The worker writes a manifest of the files in its private cache folder. The parent checks each file against it and
-moves it into the cache only after every process of the job is dead, so nothing can change between check and move.
-Each file appears under its final name in one step, and a file that is there already is kept: names are hashes of
-contents, and another process may have it mapped.
+The worker writes a manifest of the files in its private cache folder. The parent takes the files over only after
+every process of the job is dead, and it *copies* them: a moved file would be the same inode, which a survivor may
+hold open. A copy is checked while it is made and appears under its final name in one step. A file that is there
+already is kept: names are hashes of contents, and another process may have it mapped.
 """
 
 from __future__ import annotations
@@ -12,126 +12,163 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from sandbox.errors import WireError
-from sandbox.limits import Limits
+from sandbox.limits import KIB, Limits
 from sandbox.results import Artifact
 
 #: Folder of the artifacts in a job's scratch folder.
 FOLDER = "artifacts"
-#: Files that compilers leave in their cache folders and that mean nothing elsewhere.
-_SKIPPED_SUFFIXES = (".lock", ".tmp", ".log")
-_SKIPPED_FOLDERS = frozenset({"locks", "tmp"})
+#: Kinds of artifacts: the first part of each path.
+KINDS = ("inductor", "triton", "debug")
+#: Triton's group files list a dozen names; a larger one is not one of them. Bytes.
+MAX_GROUP = 64 * KIB
+#: Files of one job, a count at most: a graph has tens, and the reply's envelope has an end.
+MAX_FILES = 20_000
 _CHUNK = 1 << 20
 
 
+class ArtifactsTooLarge(WireError):
+    """The artifacts are larger than `limits.artifact_bytes`: status `output_limit`."""
+
+
 def manifest(folder: Path) -> tuple[Artifact, ...]:
-    """The regular files under ``folder``, with sizes in bytes and digests. Links and odd names are left out."""
-    found = []
+    """The files under ``folder`` that may be handed back, with sizes in bytes and digests.
+
+    Links, locks, and names that :data:`sandbox.results.ARTIFACT_PATH` does not admit are left out.
+    """
+    found: list[Artifact] = []
     for directory, names, files in os.walk(folder):
-        names[:] = [name for name in names if name not in _SKIPPED_FOLDERS and not name.startswith("tmp.")]
-        for name in files:
+        names.sort()
+        for name in sorted(files):
             path = Path(directory) / name
-            status = path.lstat()
-            if name.endswith(_SKIPPED_SUFFIXES) or not stat.S_ISREG(status.st_mode):
-                continue
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            found.append(Artifact(path=path.relative_to(folder).as_posix(), size=status.st_size, sha256=sha256))
+            try:
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode) or name.endswith(".lock") or len(found) >= MAX_FILES:
+                    continue
+                with path.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                found.append(Artifact(path=path.relative_to(folder).as_posix(), size=status.st_size, sha256=sha256))
+            except (ValidationError, FileNotFoundError):
+                continue  # a name that is not admitted, or a file that another process of the job removed
     return tuple(found)
 
 
 def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path], limits: Limits) -> int:
-    """Check every artifact under ``source``, then move all of them into ``targets``.
+    """Check every artifact under ``source`` and copy it into ``targets``. All or nothing, as far as checks go.
 
     Args:
         artifacts: the worker's manifest; it is not trusted.
         source: the job's artifact folder. All processes of the job must be dead.
-        targets: folder in the user's cache for the first part of each path, `inductor` and `triton`.
+        targets: folder in the user's cache for each kind; kinds without one are left out.
         limits: `artifact_bytes` bounds the sum.
 
     Returns:
-        The bytes that were adopted.
+        The bytes that were taken over.
 
     Raises:
-        WireError: a file is missing, a link, a hard link, not a regular file, of another owner, of another size
-            or digest, or outside the folder. Nothing is adopted then.
+        ArtifactsTooLarge: more than `artifact_bytes`.
+        WireError: a file is missing, a link, a hard link, not a regular file, of another owner, of another size or
+            digest, or outside the folder. Nothing appears in the cache then.
         OSError: the cache cannot be written.
     """
     total = sum(artifact.size for artifact in artifacts)
     if total > limits.artifact_bytes:
-        raise WireError(f"artifacts of {total} bytes, limits.artifact_bytes allows {limits.artifact_bytes}")
-    for artifact in artifacts:
-        _check(artifact, source)
-    for artifact in artifacts:
-        kind, _, rest = artifact.path.partition("/")
-        target = targets[kind] / rest
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.name.startswith("__grp__") and target.suffix == ".json":
-            _relocate_group(source / artifact.path, target.parent)
-        _move(source / artifact.path, target)
+        raise ArtifactsTooLarge(f"artifacts of {total} bytes, limits.artifact_bytes allows {limits.artifact_bytes}")
+    names = {artifact.path for artifact in artifacts}
+    copies: list[tuple[Path, Path]] = []
+    try:
+        for artifact in artifacts:
+            kind, _, rest = artifact.path.partition("/")
+            if kind not in targets:
+                continue
+            target = targets[kind] / rest
+            if target.is_file():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = _copy(artifact, source, target)
+            copies.append((copy, target))
+            if kind == "triton" and target.name.startswith("__grp__"):
+                _relocate_group(copy, artifact.path, target.parent, names)
+        for copy, target in copies:
+            os.replace(copy, target)
+    finally:
+        for copy, _target in copies:
+            copy.unlink(missing_ok=True)
     return total
 
 
-def _check(artifact: Artifact, source: Path) -> None:
+def _copy(artifact: Artifact, source: Path, target: Path) -> Path:
+    """A checked copy beside the target, under a name of its own, readable by its owner alone."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent)
+    try:
+        sha256 = hashlib.sha256()
+        size = 0
+        with open(handle, "wb") as writer, open(_open(artifact, source), "rb") as reader:
+            status = os.fstat(reader.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise WireError(f"artifact {artifact.path!r} is not a regular file")
+            if status.st_nlink != 1:
+                raise WireError(f"artifact {artifact.path!r} has {status.st_nlink} names")
+            if status.st_uid != os.geteuid():
+                raise WireError(f"artifact {artifact.path!r} belongs to uid {status.st_uid}")
+            # One byte more than it may have: a file that is longer than its manifest says ends here.
+            while size <= artifact.size and (chunk := reader.read(min(_CHUNK, artifact.size + 1 - size))):
+                sha256.update(chunk)
+                writer.write(chunk)
+                size += len(chunk)
+        if size != artifact.size:
+            raise WireError(f"artifact {artifact.path!r} has not the {artifact.size} bytes of its manifest")
+        if sha256.hexdigest() != artifact.sha256:
+            raise WireError(f"artifact {artifact.path!r} differs from its digest")
+        os.chmod(name, 0o700 if target.suffix == ".so" else 0o600)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return Path(name)
+
+
+def _open(artifact: Artifact, source: Path) -> int:
+    """The artifact's descriptor, reached without following any link."""
     parts = artifact.path.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise WireError(f"artifact {artifact.path!r} leaves the job's folder")
-    folder_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    folder = -1
     try:
+        folder = os.open(source, flags | os.O_DIRECTORY)
         for part in parts[:-1]:
-            next_fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder_fd)
-            os.close(folder_fd)
-            folder_fd = next_fd
+            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
         # O_NONBLOCK: a FIFO must not hold us up.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        file_fd = os.open(parts[-1], flags, dir_fd=folder_fd)
+        return os.open(parts[-1], flags | os.O_NONBLOCK, dir_fd=folder)
     except OSError as error:
         raise WireError(f"artifact {artifact.path!r} cannot be opened: {error.strerror}") from None
     finally:
-        os.close(folder_fd)
-    with open(file_fd, "rb") as file:
-        status = os.fstat(file_fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise WireError(f"artifact {artifact.path!r} is not a regular file")
-        if status.st_nlink != 1:
-            raise WireError(f"artifact {artifact.path!r} has {status.st_nlink} names")
-        if status.st_uid != os.geteuid():
-            raise WireError(f"artifact {artifact.path!r} belongs to uid {status.st_uid}")
-        if status.st_size != artifact.size:
-            raise WireError(f"artifact {artifact.path!r} has {status.st_size} bytes, its manifest says {artifact.size}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != artifact.sha256:
-            raise WireError(f"artifact {artifact.path!r} differs from its digest")
+        if folder >= 0:
+            os.close(folder)
 
 
-def _move(source: Path, target: Path) -> None:
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != 18:  # EXDEV: the scratch folder is on another file system than the cache
-            raise
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with source.open("rb") as reader, partial.open("wb") as writer:
-                while chunk := reader.read(_CHUNK):
-                    writer.write(chunk)
-            partial.chmod(stat.S_IMODE(source.stat().st_mode))
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _relocate_group(path: Path, folder: Path) -> None:
+def _relocate_group(copy: Path, path: str, folder: Path, names: set[str]) -> None:
     """Triton's group file lists the files of one kernel by absolute path: make them those in the user's cache.
 
     Source: `FileCacheManager.put_group` in triton/runtime/cache.py (3.6, 3.7).
     """
+    parent = path.rpartition("/")[0]
     try:
-        group = json.loads(path.read_text())
-        children = {str(name): str(folder / Path(child).name) for name, child in group["child_paths"].items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WireError(f"artifact {path.name!r} is not a Triton group file: {error}") from None
-    path.write_text(json.dumps({"child_paths": children}))
+        if copy.stat().st_size > MAX_GROUP:
+            raise ValueError(f"larger than {MAX_GROUP} bytes")
+        children = {}
+        for name, child in json.loads(copy.read_bytes())["child_paths"].items():
+            file = str(child).rpartition("/")[2]
+            if f"{parent}/{file}" not in names:
+                raise ValueError(f"it names {file!r}, which the job does not hand back")
+            children[str(name)] = str(folder / file)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise WireError(f"artifact {path!r} is not a Triton group file: {error}") from None
+    copy.write_text(json.dumps({"child_paths": children}))

@@ -196,7 +196,11 @@ def classify(error: BaseException) -> tuple[Status, str]:
         if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
             return Status.OUTPUT_LIMIT, f"a file larger than limits.disk_bytes: {line}"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return Status.SANDBOX_ERROR, f"the disk of the scratch folder is full: {line}"
+            if os.statvfs(".").f_bavail == 0:
+                return Status.SANDBOX_ERROR, f"the disk of the scratch folder is full: {line}"
+            return Status.OUTPUT_LIMIT, f"no space left in a folder of limited size, /dev/shm perhaps: {line}"
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return Status.MEMORY_LIMIT, f"no memory for another thread under limits.memory_bytes: {line}"
     # g++ that hits RLIMIT_DATA exits with these words (GCC: libiberty/xmalloc.c; LLVM: ErrorHandling).
     if any(words in text for words in ("out of memory allocating", "virtual memory exhausted", "std::bad_alloc")):
         return Status.MEMORY_LIMIT, f"the C++ compiler ran out of limits.memory_bytes: {line}"
@@ -216,7 +220,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     current: BaseException | None = error
     while current is not None and current not in found:
         found.append(current)
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return found
 
 

@@ -87,12 +87,8 @@ class Exited(_Envelope):
     """The number of the signal that ended it, if one did."""
     cpu_seconds: Seconds = 0.0
     """User and system CPU time of the tree, in seconds."""
-    max_rss_bytes: Annotated[int, Field(ge=0)] = 0
-    """Largest resident set of one process of the tree, in bytes."""
     leaks: Leaks = ()
     """What the job left behind."""
-    killed_processes: Annotated[int, Field(ge=0)] = 0
-    """How many processes had to be killed at the end, a count."""
     refused: Annotated[str, Field(max_length=MAX_DETAIL)] = ""
     """Why no worker was started: a required mechanism that the keeper could not enforce. Empty if one was."""
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
-import tempfile
 import threading
 import time
 import weakref
@@ -59,7 +57,7 @@ class Sandbox:
         self.recorder.policy = self.policy.name
         self._pid = os.getpid()
         self._forkserver = Forkserver(self.policy, self.environment())
-        self._own_cache = self._forkserver.root / "cache"
+        self._own_cache = self._forkserver.root.path / "cache"
         self._cache = cache
         self._slots = self.policy.parallel_jobs or usable_cores()
         self._lock = threading.Lock()
@@ -118,23 +116,34 @@ class Sandbox:
         task = _Task(job, Future(), Cancel(), targets, name or job.spec.kind, step, time.monotonic())
         with self._lock:
             if self._closed:
-                task.cancel.close()
                 raise SandboxError("the sandbox was closed")
-            self._tasks[job.spec.job_id] = task
-            self._pending.append(task)
+            if job.spec.job_id in self._tasks:
+                raise SandboxError(f"{job.spec.job_id} was submitted already: make a new job")
             if len(self._threads) < self._slots:
                 thread = threading.Thread(target=self._drain, name="sandbox-job", daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                try:
+                    thread.start()
+                    self._threads.add(thread)
+                except RuntimeError as error:
+                    if not self._threads:  # otherwise those that run take it in their turn
+                        raise SandboxError(f"no thread can be started for {job.spec.job_id}: {error}") from None
+            self._tasks[job.spec.job_id] = task
+            self._pending.append(task)
         return task.future
 
     def cancel(self, job_id: str, reason: str = "cancelled by the caller") -> bool:
         """Kill a running or waiting job; returns whether there was one. Its future gets status `cancelled`."""
         with self._lock:
             task = self._tasks.get(job_id)
-        if task is None:
-            return False
+            if task is None:
+                return False
+            waiting = task in self._pending
+            if waiting:
+                self._pending.remove(task)
         task.cancel.cancel(reason)
+        self._forkserver.poke()
+        if waiting:
+            self._settle(task, _failed(task.job, Status.CANCELLED, reason))
         return True
 
     @property
@@ -144,7 +153,13 @@ class Sandbox:
 
     def stats(self) -> Stats:
         """The counts so far."""
-        return self.recorder.snapshot(self._forkserver.restarts, float(self._forkserver.facts.get("seconds", 0.0)))
+        forkserver = self._forkserver
+        return self.recorder.snapshot(
+            children=forkserver.forks,
+            restarts=forkserver.restarts,
+            forkserver_seconds=float(forkserver.facts.get("seconds", 0.0)),
+            leaks=forkserver.leaks(),
+        )
 
     def environment(self) -> dict[str, str]:
         """What a child may see of this process's environment now, by the policy's allow-list."""
@@ -162,11 +177,13 @@ class Sandbox:
             return  # a fork of the host: everything belongs to the process that made it
         with self._lock:
             already, self._closed = self._closed, True
-            tasks, threads = list(self._tasks.values()), list(self._threads)
+            tasks, threads = list(self._tasks), list(self._threads)
         if already:
             return
-        for task in tasks:
-            task.cancel.cancel("the sandbox was closed")
+        # First, so that nobody goes on waiting for a forkserver.
+        self._forkserver.begin_close()
+        for job_id in tasks:
+            self.cancel(job_id, "the sandbox was closed")
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in threads:
             if thread is not threading.current_thread():
@@ -202,12 +219,14 @@ class Sandbox:
             except Exception as error:  # noqa: BLE001 - the caller must get an answer; the error is in it
                 self.recorder.swallowed(error)
                 result = _failed(task.job, Status.SANDBOX_ERROR, f"{type(error).__name__}: {error}")
-            with self._lock:
-                self._tasks.pop(task.job.spec.job_id, None)
-            task.cancel.close()
-            self.recorder.job(result, task.name, task.step)
-            if not task.future.cancelled():
-                task.future.set_result(result)
+            self._settle(task, result)
+
+    def _settle(self, task: _Task, result: JobResult) -> None:
+        with self._lock:
+            self._tasks.pop(task.job.spec.job_id, None)
+        self.recorder.job(result, task.name, task.step)
+        if not task.future.cancelled():
+            task.future.set_result(result)
 
     def _run(self, task: _Task) -> JobResult:
         if not task.future.set_running_or_notify_cancel():
@@ -217,13 +236,16 @@ class Sandbox:
             if task.cancel.reason is not None:
                 return _failed(task.job, Status.CANCELLED, task.cancel.reason)
             try:
-                self._forkserver.wait_ready()
-                self.recorder.child()
+                self._forkserver.wait_ready(wanted=lambda: task.cancel.reason is None)
+                if task.cancel.reason is not None:
+                    break
                 queued = time.monotonic() - task.submitted
                 return run(self._forkserver, task.job, task.cancel, task.targets, queued)
             except ForkserverError as error:
                 self.recorder.swallowed(error)
                 problem = str(error)
+        if task.cancel.reason is not None:
+            return _failed(task.job, Status.CANCELLED, task.cancel.reason)
         return _failed(task.job, Status.SANDBOX_ERROR, problem)
 
 
@@ -243,21 +265,6 @@ class _Task:
 def usable_cores() -> int:
     """Cores that this process may use, a count."""
     return len(os.sched_getaffinity(0)) or 1
-
-
-def sweep_stale_roots() -> int:
-    """Remove the scratch roots of our own earlier processes that were killed; returns how many."""
-    removed = 0
-    for folder in Path(tempfile.gettempdir()).glob(f"sandbox-{os.geteuid()}-*-*"):
-        try:
-            pid = int(folder.name.split("-")[2])
-            ours = folder.lstat().st_uid == os.geteuid() and folder.is_dir() and not folder.is_symlink()
-        except (ValueError, IndexError, FileNotFoundError):
-            continue  # not one of ours, or another process was faster
-        if ours and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            removed += 1
-    return removed
 
 
 def _failed(job: Job, status: Status, detail: str) -> JobResult:

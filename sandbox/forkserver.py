@@ -11,20 +11,22 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sandbox.errors import ForkserverError
 from sandbox.policy import Policy
+from sandbox.processes import read_stat
+from sandbox.results import Leak
+from sandbox.scratch import Root
 from sandbox.template import MAX_MESSAGE
 
 #: Seconds until a template that was told to leave is killed.
@@ -53,6 +55,19 @@ def _close_ours() -> None:
 os.register_at_fork(after_in_child=_close_ours)
 
 
+@dataclass(frozen=True)
+class Keeper:
+    """The keeper process of one job, named by pid and start time: a pid alone may be somebody else's by now."""
+
+    pid: int
+    start_ticks: int
+
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        stat = read_stat(self.pid)
+        return stat is not None and stat.start_ticks == self.start_ticks and not stat.dead
+
+
 class Forkserver:
     """One template process and its restarts. Thread-safe. Its folder ``root`` holds every job's scratch folder."""
 
@@ -60,18 +75,21 @@ class Forkserver:
         """``environment``: what the template may see, already reduced to the policy's allow-list."""
         self._policy = policy
         self._environment = environment
-        self.root = Path(tempfile.mkdtemp(prefix=f"sandbox-{os.geteuid()}-{os.getpid()}-"))
+        self.root = Root()
         self._change = threading.Condition(threading.RLock())
         self._fork_lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready = False
         self._wanted = False
+        self._starting = False
         self._closed = False
         self._failure = ""
         self._ready_since = 0.0
         self.starts = 0
         self.forks = 0
+        self.strays = 0
+        self._most_fds = 0
         self.facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
 
@@ -91,14 +109,19 @@ class Forkserver:
         with self._change:
             if self._closed:
                 raise ForkserverError("the forkserver was shut down")
-            self._wanted = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="sandbox-forkserver", daemon=True)
-                self._thread.start()
+            # Whoever asks while one is being started gets that one.
+            self._wanted = self._wanted or not (self._starting or self._ready)
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._run, name="sandbox-forkserver", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise ForkserverError(f"no thread can be started for the forkserver: {error}") from None
+                self._thread = thread
             self._change.notify_all()
 
-    def wait_ready(self, seconds: float | None = None) -> None:
-        """Block until the template can fork.
+    def wait_ready(self, seconds: float | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Block until the template can fork, or until ``wanted`` says no (it is asked again at every :meth:`poke`).
 
         Raises:
             ForkserverError: it could not be started, or not within ``seconds`` (default: the policy's).
@@ -109,7 +132,7 @@ class Forkserver:
             if not self._ready:
                 self._failure = ""
                 self.start()
-            while not self._ready:
+            while not self._ready and wanted():
                 if self._closed:
                     raise ForkserverError("the forkserver was shut down")
                 if self._failure:
@@ -117,79 +140,100 @@ class Forkserver:
                 if not self._change.wait(deadline - time.monotonic()):
                     raise ForkserverError(f"the forkserver was not ready within {limit:.0f} s")
 
-    def fork(self, job_id: str, scratch: Path, confinement: str, fds: Sequence[int]) -> int:
-        """Fork a keeper for a job; returns its pid. ``fds``: job socket, stderr pipe, keeper socket (the child's ends).
+    def poke(self) -> None:
+        """Have everyone in :meth:`wait_ready` ask again whether it is still wanted."""
+        with self._change:
+            self._change.notify_all()
+
+    def fork(self, job_id: str, folder: Path, confinement: str, fds: Sequence[int]) -> Keeper:
+        """Fork a keeper for a job. ``fds``: job socket, stderr pipe, keeper socket (the child's ends).
 
         Raises:
             ForkserverError: the template is dead, does not answer in time, or refuses.
         """
-        request = {"op": "fork", "job_id": job_id, "scratch": str(scratch), "confinement": confinement}
+        request = {"op": "fork", "job_id": job_id, "scratch": str(folder), "confinement": confinement}
         answer = self._ask(request, fds, self._policy.forkserver.fork_timeout_seconds)
         if answer.get("event") != "forked" or answer.get("job_id") != job_id:
-            self._kill()
             raise ForkserverError(f"the forkserver refused: {answer.get('reason', answer)}")
         self.forks += 1
-        return int(answer["pid"])
+        self._most_fds = max(self._most_fds, int(answer["fds"]) - int(self.facts.get("fds", answer["fds"])))
+        return Keeper(int(answer["pid"]), int(answer["start_ticks"]))
+
+    def leaks(self) -> tuple[Leak, ...]:
+        """What the template, or this process on its behalf, holds that it should not: told, never touched."""
+        found = []
+        if self._most_fds > 0:
+            found.append(Leak(kind="fd", object=f"{self._most_fds} more", owner="forkserver", reclaimed=False))
+        if self.strays:
+            found.append(Leak(kind="process", object=f"{self.strays} strays", owner="forkserver", reclaimed=True))
+        return tuple(found)
 
     def sweep(self) -> None:
         """Have the template, if it lives, kill the processes that reached it from dead keepers."""
         if self._ready:
-            # A template that dies of it is noticed, counted and restarted as any other.
+            # One that dies of it is noticed by the thread, counted as a restart, and its strays are counted below.
             with contextlib.suppress(ForkserverError):
                 self.inspect()
 
     def inspect(self) -> dict[str, Any]:
-        """Threads and open descriptors of the template, after it has killed strays."""
+        """Threads, open descriptors and killed strays of the template, after it has killed strays."""
         return self._ask({"op": "inspect"}, (), self._policy.forkserver.fork_timeout_seconds)
 
-    def close(self) -> None:
-        """End the template and remove the scratch root. Idempotent; returns within a few seconds."""
+    def begin_close(self) -> None:
+        """From now on nothing is started or forked, and whoever waits for it is told. Returns at once."""
         with self._change:
             self._closed = True
             self._change.notify_all()
-            control, process = self._control, self._process
+
+    def close(self) -> None:
+        """End the template and remove the scratch root. Idempotent; returns within a few seconds."""
+        self.begin_close()
+        with self._change:
+            control, process, thread = self._control, self._process, self._thread
         if control is not None:
-            control.close()
+            with contextlib.suppress(OSError):
+                control.send(b'{"op": "leave"}')
         if process is not None:
             try:
                 process.wait(LEAVE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
-        shutil.rmtree(self.root, ignore_errors=True)
+        if thread is not None and thread is not threading.current_thread():
+            # It notices the end of the template, or that a start is no longer wanted.
+            thread.join(LEAVE_SECONDS)
+        self.root.remove()
 
     def _ask(self, request: dict[str, Any], fds: Sequence[int], seconds: float) -> dict[str, Any]:
         with self._fork_lock:
             self.wait_ready()
-            control = self._control
-            if control is None:
+            with self._change:
+                control, process = self._control, self._process
+            if control is None or process is None or self._closed:
                 raise ForkserverError("the forkserver died")
+            problem = ""
             try:
                 control.settimeout(seconds)
                 socket.send_fds(control, [json.dumps(request).encode()], list(fds))
-                answer = control.recv(MAX_MESSAGE)
+                answer = json.loads(control.recv(MAX_MESSAGE) or b"null")
+                if isinstance(answer, dict):
+                    self.strays += int(answer.get("strays", 0))
+                    return answer
+                problem = "the forkserver died"
             except TimeoutError:
-                self._kill()
-                raise ForkserverError(f"the forkserver did not answer within {seconds:.0f} s; killed") from None
+                problem = f"the forkserver did not answer within {seconds:.0f} s; killed"
             except OSError as error:
-                self._kill()
-                raise ForkserverError(f"the forkserver died: {error}") from None
-            if not answer:
-                self._kill()
-                raise ForkserverError("the forkserver died")
-            try:
-                return json.loads(answer)  # type: ignore[no-any-return]
+                problem = f"the forkserver died: {error}"
             except ValueError:
-                self._kill()
-                raise ForkserverError("the forkserver's answer is not JSON; killed") from None
+                problem = "the forkserver's answer is not JSON; killed"
+            self._kill(process)
+            raise ForkserverError(problem)
 
-    def _kill(self) -> None:
-        """Kill the template and wait until our thread has noticed, so that the next request starts a new one."""
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill this template. Our thread notices, and the next request starts another."""
         with self._change:
-            process = self._process
-            self._ready = False
-            if process is not None:
-                process.kill()
+            if self._process is process:
+                self._ready = False
+            process.kill()
             self._change.notify_all()
 
     # The thread.
@@ -201,27 +245,23 @@ class Forkserver:
                     self._change.wait()
                 if self._closed:
                     return
-                self._wanted = False
+                self._wanted, self._starting, self._failure = False, True, ""
             try:
-                self._start_one()
-            except (OSError, ValueError, ForkserverError) as error:
+                process = self._start_one()
+            except Exception as error:  # noqa: BLE001 - whatever it is, whoever waits is told, and the thread lives on
                 with self._change:
                     self._failure = f"the forkserver could not be started: {error}"
                     self._reset()
-                    self._change.notify_all()
                 continue
-            process = self._process
-            if process is not None:
-                process.wait()
+            process.wait()
             with self._change:
-                self._reset()
                 # Warm again before the next job asks for it; one that dies at once waits until it is asked for.
-                if time.monotonic() - self._ready_since > MIN_LIFE_SECONDS:
-                    self._wanted = True
-                self._change.notify_all()
+                self._wanted = self._wanted or time.monotonic() - self._ready_since > MIN_LIFE_SECONDS
+                self._reset()
 
     def _reset(self) -> None:
-        self._ready = False
+        """No template any more."""
+        self._ready = self._starting = False
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -229,12 +269,68 @@ class Forkserver:
             self._control.close()
         self._control = None
         self._process = None
+        self._change.notify_all()
 
-    def _start_one(self) -> None:
-        control, theirs = socket_pair(socket.SOCK_SEQPACKET)
-        folder = self.root / "template"
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    def _start_one(self) -> subprocess.Popen[bytes]:
+        """Start a template and see it through its warm-up.
+
+        Raises:
+            ForkserverError, OSError, TypeError, ValueError: it failed; the message says why.
+        """
+        path = [os.fspath(entry) or os.getcwd() for entry in sys.path]
+        settings = {
+            "root": str(self.root.path),
+            "parent_pid": os.getpid(),
+            "sys_path": path,
+            "import_torch": self._policy.forkserver.import_torch,
+            "warm_up": self._policy.forkserver.warm_up,
+            "preload": list(self._policy.forkserver.preload),
+        }
+        # A folder of its own for each start: a job may have done anything to the last one.
+        folder = self.root.folder("template")
         log_path = folder / "log"
+        control, theirs = socket_pair(socket.SOCK_SEQPACKET)
+        try:
+            with theirs, log_path.open("xb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _START.format(path=path, fd=theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=folder,
+                    env=self._template_environment(folder),
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+        except BaseException:
+            control.close()
+            raise
+        with self._change:
+            # From here on `close` and `_reset` see it.
+            self._process, self._control = process, control
+            self.starts += 1
+            if self._closed:
+                raise ForkserverError("the forkserver was shut down")
+        control.settimeout(self._policy.forkserver.start_timeout_seconds)
+        try:
+            control.send(json.dumps(settings).encode())
+            answer = json.loads(control.recv(MAX_MESSAGE) or b'{"event": "failed", "reason": "it died"}')
+        except TimeoutError:
+            answer = {"event": "failed", "reason": "no answer in forkserver.start_timeout_seconds"}
+        except OSError as error:
+            answer = {"event": "failed", "reason": f"it died: {error}"}
+        if answer.get("event") != "ready":
+            raise ForkserverError(f"{answer.get('reason')}{_last_lines(log_path)}")
+        with self._change:
+            self.facts = answer
+            self._starting = False
+            self._ready = not self._closed
+            self._ready_since = time.monotonic()
+            self._change.notify_all()
+        return process
+
+    def _template_environment(self, folder: Path) -> dict[str, str]:
+        (folder / "tmp").mkdir()
         environment = {
             **self._environment,
             "HOME": str(folder),
@@ -251,47 +347,14 @@ class Forkserver:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         environment.pop("TORCHINDUCTOR_FX_COMPILE_MODE", None)
-        path = [entry or os.getcwd() for entry in sys.path]
-        with theirs, log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START.format(path=path, fd=theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                env=environment,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
-        with self._change:
-            self._process, self._control = process, control
-            self.starts += 1
-        settings = {
-            "root": str(self.root),
-            "parent_pid": os.getpid(),
-            "sys_path": path,
-            "import_torch": self._policy.forkserver.import_torch,
-            "warm_up": self._policy.forkserver.warm_up,
-            "preload": list(self._policy.forkserver.preload),
-        }
-        control.settimeout(self._policy.forkserver.start_timeout_seconds)
-        try:
-            control.send(json.dumps(settings).encode())
-            answer = json.loads(control.recv(MAX_MESSAGE) or b'{"event": "failed", "reason": "it died"}')
-        except TimeoutError:
-            answer = {"event": "failed", "reason": "no answer in forkserver.start_timeout_seconds"}
-        if answer.get("event") != "ready":
-            raise ForkserverError(f"{answer.get('reason')}{_last_lines(log_path)}")
-        with self._change:
-            self.facts = answer
-            self._ready = not self._closed
-            self._ready_since = time.monotonic()
-            self._change.notify_all()
+        return environment
 
 
 def _last_lines(log: Path) -> str:
-    text = log.read_text(errors="replace").strip() if log.exists() else ""
-    return f"\n{text[-2000:]}" if text else ""
+    with log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
+        text = file.read(2000).decode(errors="replace").strip()
+    return f"\n{text}" if text else ""
 
 
 def socket_pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:

@@ -12,19 +12,18 @@ from __future__ import annotations
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox import child, ledger
+from sandbox import child, ledger, scratch
 from sandbox.enforce import prepare_keeper
 from sandbox.errors import EnforcementError, WireError
 from sandbox.limits import Confinement
 from sandbox.processes import descendants, kill_tree, reap
-from sandbox.results import Enforcement, Leak, Mechanism, State
+from sandbox.results import Enforcement, Leak, Mechanism, State, printable
 from sandbox.wire import Exited, KeeperReady, send_frame
 
 #: Seconds that a frame to the parent may take; the parent reads all the time, so this is only a guard.
@@ -43,23 +42,25 @@ def main(request: dict[str, Any], fds: list[int]) -> NoReturn:
         _keep_only({job_fd, stderr_fd, keeper_fd})
         code = _keep(request, job_fd, stderr_fd, socket.socket(fileno=keeper_fd))
     except BaseException:  # noqa: BLE001 - a fork of the template must never return into its loop
-        _say(fds, traceback.format_exc())
+        _confess(request, fds, traceback.format_exc())
     finally:
         os._exit(code)
 
 
-def _say(fds: list[int], text: str) -> None:
-    """Our own failure, where the parent reads the job's stderr; the template's log if that pipe is gone."""
+def _confess(request: dict[str, Any], fds: list[int], text: str) -> None:
+    """Our own failure: to the parent if it still listens, else into the template's log."""
     try:
-        os.write(fds[1], text.encode())
-    except (OSError, IndexError):
-        os.write(2, text.encode())
+        report = Exited(job_id=request["job_id"], refused=f"the keeper failed: {printable(text[-1500:])}")
+        with socket.socket(fileno=fds[2]) as parent:
+            send_frame(parent, report, b"", SEND_SECONDS)
+    except (WireError, OSError, IndexError, KeyError):
+        os.write(2, text.encode(errors="replace"))
 
 
 def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.socket) -> int:
     os.setsid()
     job_id: str = request["job_id"]
-    scratch = Path(request["scratch"])
+    folder = Path(request["scratch"])
     confinement = Confinement.model_validate_json(request["confinement"])
     # Before SIGCHLD is watched: the wake-up pipe makes `poll` return when any process of the tree ends.
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -78,33 +79,42 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
         signal.set_wakeup_fd(-1)
         for fd in (wake_read, wake_write, parent.fileno()):
             os.close(fd)
-        child.main(job_id, scratch, job_fd, stderr_fd, own)  # never returns
+        child.main(job_id, folder, job_fd, stderr_fd, own)  # never returns
     os.close(job_fd)
     tree = _Tree(worker, mechanisms)
     try:
-        ready = KeeperReady(job_id=job_id, pid=worker, enforcement=Enforcement(mechanisms=mechanisms))
+        return _see_through(job_id, folder, parent, wake_read, tree, before)
+    finally:
+        # Whatever went wrong with us, the tree does not outlive it.
+        kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS)
+
+
+def _see_through(
+    job_id: str, folder: Path, parent: socket.socket, wake_read: int, tree: _Tree, before: ledger.Snapshot
+) -> int:
+    """From the worker's start to the keeper's own end."""
+    try:
+        ready = KeeperReady(job_id=job_id, pid=tree.worker, enforcement=Enforcement(mechanisms=tree.mechanisms))
         send_frame(parent, ready, b"", SEND_SECONDS)
         _wait(parent, wake_read, tree)
     except WireError:
         tree.orphaned = True  # the parent is gone: clean up all the same
-    leaks, killed = _clean(tree, before, scratch)
+    leaks = _clean(tree, before, folder)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if tree.orphaned:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.remove(folder)
         return 0
     exited = Exited(
         job_id=job_id,
         exit_code=None if tree.status is None or tree.status < 0 else tree.status,
         signal=-tree.status if tree.status is not None and tree.status < 0 else None,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
-        max_rss_bytes=usage.ru_maxrss * 1024,
         leaks=tuple(leaks[: child.MAX_LEAKS]),
-        killed_processes=killed,
     )
     try:
         send_frame(parent, exited, b"", SEND_SECONDS)
     except WireError:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.remove(folder)
     return 0
 
 
@@ -152,21 +162,24 @@ def _wait(parent: socket.socket, wake_read: int, tree: _Tree) -> None:
             if fd == wake_read:
                 os.read(wake_read, 4096)
             else:
-                order = parent.recv(1)
+                try:
+                    order = parent.recv(1)
+                except ConnectionResetError:
+                    order = b""  # the parent died with our word unread
                 tree.ordered = True
                 tree.orphaned = not order
                 return
         reap(tree.note)
 
 
-def _clean(tree: _Tree, before: ledger.Snapshot, scratch: Path) -> tuple[list[Leak], int]:
+def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:
     """Kill what is left of the tree, then remove what it left in the kernel."""
     left = descendants(os.getpid())
     pids = {process.pid for process in left}
     tree.pids |= pids
     tree.look()
-    killed = kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
-    after = ledger.take(folders=(scratch / "tmp",))
+    kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
+    after = ledger.take(folders=(folder / "tmp",))
     evidence = ledger.Evidence(
         own_shm=tree.has("mount_namespace"),
         own_ipc=tree.has("ipc_namespace"),
@@ -182,7 +195,7 @@ def _clean(tree: _Tree, before: ledger.Snapshot, scratch: Path) -> tuple[list[Le
         leaks += [
             Leak(kind="process", object=f"pid {p.pid} {p.command}", owner="child", reclaimed=True) for p in survivors
         ]
-    return leaks, killed
+    return leaks
 
 
 def _keep_only(keep: set[int]) -> None:

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sandbox import processes
-from sandbox.results import Leak, LeakKind
+from sandbox.results import Leak, LeakKind, printable
 
 SHM: Final = "/dev/shm"
 #: Files told by name below each folder; more are told as one count.
 MAX_FILES: Final = 1000
 
 Owner = Literal["child", "forkserver", "parent"]
+#: Characters of one leak's description, at most.
+MAX_TEXT: Final = 300
 SysvKind = Literal["sem", "shm", "msg"]
 _LEAK_KINDS: Final[dict[SysvKind, LeakKind]] = {
     "sem": "sysv_semaphore",
@@ -104,7 +106,7 @@ class Held:
 
     def leak(self, owner: Owner, reclaimed: bool = False) -> Leak:
         """The entry of a leak report."""
-        return Leak(kind=self.kind, object=self.text, owner=owner, reclaimed=reclaimed)
+        return Leak(kind=self.kind, object=printable(self.text, MAX_TEXT), owner=owner, reclaimed=reclaimed)
 
 
 def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = True) -> Snapshot:

@@ -36,6 +36,9 @@ class Limits(BaseModel):
     processes: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Live processes in the tree, a count; threads are not counted. When hit: killed, status `violation`."""
 
+    threads: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    """Live threads in the tree, a count. When hit: killed, status `violation`."""
+
     open_files: Annotated[int, Field(ge=32, le=1_000_000)] = 1024
     """Open file descriptors per process (RLIMIT_NOFILE), a count. When hit: `open` fails inside the job with
     EMFILE; a job that dies of it ends as `violation`."""

@@ -18,48 +18,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import selectors
-import shutil
-import signal
 import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from sandbox import artifacts
-from sandbox.child import EXIT_BAD_REQUEST, EXIT_MEMORY, EXIT_NO_PARENT, EXIT_UNCONFINED
+from sandbox import artifacts, scratch
+from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import WireError
-from sandbox.forkserver import Forkserver, socket_pair
+from sandbox.forkserver import Forkserver, Keeper, socket_pair
 from sandbox.jobs import CallableSpec, Job
-from sandbox.meter import TreeMeter, survey
-from sandbox.processes import kill_tree
-from sandbox.results import (
-    Artifact,
-    Enforcement,
-    JobResult,
-    Leak,
-    LeakReport,
-    Mechanism,
-    State,
-    Status,
-    Usage,
-)
-from sandbox.wire import (
-    Exited,
-    FrameReader,
-    KeeperReady,
-    OversizedFrame,
-    Reply,
-    Started,
-    encode_frame,
-    parse_envelope,
-    safe_loads,
-)
+from sandbox.meter import TreeMeter, can_read_exactly, survey
+from sandbox.processes import kill_tree, read_stat
+from sandbox.results import Artifact, Enforcement, JobResult, Leak, LeakReport, Mechanism, State, Status, Usage
+from sandbox.verdict import Evidence, judge, signal_name
+from sandbox.wire import FrameReader, OversizedFrame, encode_frame
 
 #: Seconds between two looks at the process tree: the time a breach can go unseen. RLIMIT_DATA stands behind it.
 SAMPLE_SECONDS = 0.1
@@ -69,35 +48,34 @@ DISK_EVERY = 5
 KILL_SECONDS = 1.0
 #: Seconds that a worker has to exit once its reply is complete.
 EXIT_SECONDS = 1.0
-#: Frames from keeper and worker, other than the reply, carry no payload.
+#: Seconds, and bytes, for what a dead tree has left in its pipes: more than their buffers hold, less than a hang.
+DRAIN_SECONDS = 1.0
+DRAIN_BYTES = 8 << 20
+#: What a worker may say of its own confinement; the rest is the keeper's and ours to say.
+WORKER_MECHANISMS = frozenset({"rlimits", "no_new_privs"})
+#: Frames from the keeper carry no payload.
 NO_PAYLOAD = 0
 _READ = 1 << 16
 
 
 @dataclass
 class _Watch:
-    """What is known of one running job."""
+    """One running job."""
 
     job: Job
     scratch: Path
     worker: socket.socket
     keeper: socket.socket
     stderr: int
+    process: Keeper
     started: float
-    stack: contextlib.ExitStack
-    keeper_pid: int
-    keeper_handle: int | None = None
-    handle: int | None = None
-    cause: tuple[Status, str] | None = None
+    seen: Evidence = field(default_factory=Evidence)
+    meter: TreeMeter | None = None
     kill_deadline: float | None = None
-    reply: Reply | None = None
-    reply_payload: bytes = b""
     reply_at: float = 0.0
-    exited: Exited | None = None
     keeper_gone: bool = False
     pid: int | None = None
-    meter: TreeMeter | None = None
-    mechanisms: dict[str, Mechanism] = field(default_factory=dict)
+    start_ticks: int = 0
     tail: deque[bytes] = field(default_factory=deque)
     tail_bytes: int = 0
     stderr_bytes: int = 0
@@ -107,8 +85,8 @@ class _Watch:
     def breach(self, status: Status, detail: str) -> None:
         """Record the first cause and have the tree killed. A complete reply is a cause, too: what the child does
         after it loses nothing, unless it talks on."""
-        if self.cause is None and (self.reply is None or status is Status.PROTOCOL_ERROR):
-            self.cause = (status, detail)
+        if self.seen.cause is None and (self.seen.reply is None or status is Status.PROTOCOL_ERROR):
+            self.seen.cause = (status, detail)
         self.kill()
 
     def kill(self) -> None:
@@ -124,8 +102,8 @@ class Cancel:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()
+        self._write = -1
 
     def cancel(self, reason: str) -> None:
         """Ask for the end. Safe to call at any time, any number of times."""
@@ -135,17 +113,21 @@ class Cancel:
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._write, b"c")
 
-    def fileno(self) -> int:
-        """For a selector."""
-        return self._read
-
-    def close(self) -> None:
-        """Release the pipe."""
-        with self._lock:
-            if self._write >= 0:
-                os.close(self._read)
-                os.close(self._write)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[int]:
+        """A descriptor that becomes readable at :meth:`cancel`. Only a running job needs one."""
+        read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            with self._lock:
+                self._write = write
+                if self.reason is not None:
+                    os.write(write, b"c")
+            yield read
+        finally:
+            with self._lock:
                 self._write = -1
+            os.close(read)
+            os.close(write)
 
 
 def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Path], queued: float = 0.0) -> JobResult:
@@ -162,11 +144,12 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         ForkserverError: the child could not be forked; nothing is left of the job.
         OSError: the parent lacks descriptors or disk for it; nothing is left of the job.
     """
-    scratch = forkserver.root / job.spec.job_id
+    left: list[Leak] = []
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        for folder in ("home", "tmp", f"{artifacts.FOLDER}/inductor", f"{artifacts.FOLDER}/triton"):
-            (scratch / folder).mkdir(parents=True)
+        folder = forkserver.root.folder(job.spec.job_id)
+        stack.callback(_remove, folder, left)
+        for name in ("home", "tmp", *(f"{artifacts.FOLDER}/{kind}" for kind in artifacts.KINDS)):
+            (folder / name).mkdir(parents=True)
         worker, worker_end = socket_pair(socket.SOCK_STREAM)
         stack.callback(worker.close)
         stack.callback(worker_end.close)
@@ -175,33 +158,51 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         stack.callback(keeper_end.close)
         stderr, stderr_end = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, stderr)
-        started = time.monotonic()
+        wake = stack.enter_context(cancel.listening())
         try:
-            keeper_pid = forkserver.fork(
-                job.spec.job_id,
-                scratch,
-                job.spec.confinement.model_dump_json(),
-                (worker_end.fileno(), stderr_end, keeper_end.fileno()),
-            )
+            ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
+            process = forkserver.fork(job.spec.job_id, folder, job.spec.confinement.model_dump_json(), ends)
         finally:
             os.close(stderr_end)
+        started = time.monotonic()
         worker_end.close()
         keeper_end.close()
-        for sock in (worker, keeper):
-            sock.setblocking(False)
+        worker.setblocking(False)
+        keeper.setblocking(False)
         os.set_blocking(stderr, False)
-        watch = _Watch(job, scratch, worker, keeper, stderr, started, stack, keeper_pid)
-        watch.meter = TreeMeter(keeper_pid, job.spec.limits.memory_bytes)
-        watch.keeper_handle = _handle(keeper_pid, stack)
+        watch = _Watch(job, folder, worker, keeper, stderr, process, started)
         try:
-            _watch(watch, cancel)
+            _measure(watch)
+            _watch(watch, cancel, wake)
         finally:
-            if watch.exited is None:
-                _kill_directly(watch, forkserver)
-        return _result(watch, targets, queued)
+            _see_dead(watch, forkserver)
+        result = _result(watch, targets, queued)
+    if left:
+        # Whoever reads the report must know what the job has left on the disk.
+        leaks = LeakReport(job_id=result.job_id, leaks=(*result.leaks.leaks, *left))
+        result = result.model_copy(update={"leaks": leaks})
+    return result
 
 
-def _watch(watch: _Watch, cancel: Cancel) -> None:
+def _remove(folder: Path, left: list[Leak]) -> None:
+    for text in scratch.remove(folder):
+        left.append(Leak(kind="temp_file", object=text[:300], owner="child", reclaimed=False))
+
+
+def _measure(watch: _Watch) -> None:
+    """Begin to measure the tree, as the policy says."""
+    demand = watch.job.spec.confinement.watchdog
+    if demand == "off":
+        state = Mechanism(state=State.OFF, reason="only wall time, reply and stderr are watched")
+    else:
+        watch.meter = TreeMeter(watch.process.pid, watch.job.spec.limits.memory_bytes)
+        state = Mechanism(state=State.ENFORCED)
+        if not can_read_exactly(watch.process.pid):
+            state = Mechanism(state=State.PARTIAL, reason="private memory is estimated: smaps_rollup is not readable")
+    watch.seen.mechanisms["watchdog"] = state
+
+
+def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
     """Serve the job's three channels and look at its tree, until the keeper has reported or must be given up."""
     limits = watch.job.spec.limits
     outgoing = _Outgoing(watch.job)
@@ -214,25 +215,25 @@ def _watch(watch: _Watch, cancel: Cancel) -> None:
         selector.register(watch.worker, selectors.EVENT_READ | selectors.EVENT_WRITE, "worker")
         selector.register(watch.keeper, selectors.EVENT_READ, "keeper")
         selector.register(watch.stderr, selectors.EVENT_READ, "stderr")
-        selector.register(cancel, selectors.EVENT_READ, "cancel")
-        while watch.exited is None and not watch.keeper_gone:
-            now = time.monotonic()
-            limit = min(next_sample, deadline if watch.cause is None else next_sample)
-            for key, events in selector.select(max(0.0, limit - now)):
+        selector.register(wake, selectors.EVENT_READ, "cancel")
+        while watch.seen.exited is None and not watch.keeper_gone:
+            settled = watch.kill_deadline is not None or watch.seen.reply is not None
+            limit = next_sample if settled else min(next_sample, deadline)
+            for key, events in selector.select(max(0.0, limit - time.monotonic())):
                 if key.data == "worker":
                     _serve_worker(watch, selector, outgoing, replies, events)
                 elif key.data == "keeper":
                     _serve_keeper(watch, reports)
                 elif key.data == "stderr":
-                    if not _read_stderr(watch):
+                    if _read_stderr(watch) < 0:
                         selector.unregister(watch.stderr)
                 else:
-                    selector.unregister(cancel)
+                    selector.unregister(wake)
                     watch.breach(Status.CANCELLED, cancel.reason or "cancelled")
             now = time.monotonic()
-            if now >= deadline and watch.reply is None:
+            if now >= deadline and watch.seen.reply is None:
                 watch.breach(Status.TIMEOUT, f"still running after limits.wall_seconds = {limits.wall_seconds:g} s")
-            if watch.reply is not None and now > watch.reply_at + EXIT_SECONDS:
+            if watch.seen.reply is not None and now > watch.reply_at + EXIT_SECONDS:
                 watch.kill()  # the reply is complete; a worker that does not exit loses nothing
             if watch.kill_deadline is not None and now > watch.kill_deadline:
                 return
@@ -240,10 +241,17 @@ def _watch(watch: _Watch, cancel: Cancel) -> None:
                 next_sample = now + SAMPLE_SECONDS
                 ticks += 1
                 _sample(watch, ticks)
-    # What the job wrote last is still in the pipe.
-    while _read_stderr(watch):
-        pass
-    _drain_replies(watch, replies)
+        # What was sent last is still in the buffers. A survivor may go on writing: it is killed next.
+        end = time.monotonic() + DRAIN_SECONDS
+        budget = DRAIN_BYTES
+        while (read := _read_stderr(watch)) > 0 and budget > 0 and time.monotonic() < end:
+            budget -= read
+        budget = limits.reply_bytes + DRAIN_BYTES
+        while watch.seen.cause is None and budget > 0 and time.monotonic() < end and _readable(watch.worker):
+            if (read := _read_worker(watch, replies)) < 0:
+                break
+            budget -= read
+        watch.seen.truncated = replies.pending
 
 
 class _Outgoing:
@@ -274,92 +282,93 @@ def _serve_worker(
 ) -> None:
     if events & selectors.EVENT_WRITE and outgoing.send(watch.worker):
         selector.modify(watch.worker, selectors.EVENT_READ, "worker")
-    if events & selectors.EVENT_READ and not _read_worker(watch, replies):
+    if events & selectors.EVENT_READ and _read_worker(watch, replies) < 0:
         selector.unregister(watch.worker)
 
 
-def _read_worker(watch: _Watch, replies: FrameReader) -> bool:
-    """Take what the worker has sent; returns whether more may come."""
+def _read_worker(watch: _Watch, replies: FrameReader) -> int:
+    """Take what the worker has sent; returns how many bytes, or -1 if no more will be taken."""
     try:
         data = watch.worker.recv(_READ * 16)
     except BlockingIOError:
-        return True
+        return 0
     except OSError:
-        data = b""
+        return -1
+    if not data:
+        return -1
     try:
-        if not data:
-            if replies.pending and watch.cause is None:
-                raise WireError("the reply is truncated")
-            return False
         for frame in replies.feed(data):
-            envelope = parse_envelope(frame.envelope, Started, Reply)
-            _take(watch, envelope, frame.payload)
+            _take(watch, parse_envelope(frame.envelope, Started, Reply), frame.payload)
     except OversizedFrame as error:
         watch.breach(Status.OUTPUT_LIMIT, f"limits.reply_bytes: {error}")
-        return False
+        return -1
     except WireError as error:
         watch.breach(Status.PROTOCOL_ERROR, str(error))
-        return False
-    return True
+        return -1
+    return len(data)
 
 
 def _take(watch: _Watch, envelope: BaseModel, payload: bytes) -> None:
-    job_id = watch.job.spec.job_id
-    if watch.reply is not None:
+    job_id, seen = watch.job.spec.job_id, watch.seen
+    if seen.reply is not None:
         raise WireError(f"a second frame after the reply of {job_id}")
     if isinstance(envelope, Started):
-        if envelope.job_id != job_id or payload:
-            raise WireError(f"a 'started' frame that is not {job_id}'s")
-        watch.mechanisms.update(envelope.enforcement.mechanisms)
+        said = envelope.enforcement.mechanisms
+        if envelope.job_id != job_id or payload or seen.started or not WORKER_MECHANISMS.issuperset(said):
+            raise WireError(f"a 'started' frame that is not the one of {job_id}")
+        seen.started = True
+        seen.mechanisms.update(said)
     elif isinstance(envelope, Reply):
         if envelope.job_id != job_id:
             raise WireError(f"a reply of {envelope.job_id} on the channel of {job_id}")
-        watch.reply, watch.reply_payload, watch.reply_at = envelope, payload, time.monotonic()
+        seen.reply, seen.payload, watch.reply_at = envelope, payload, time.monotonic()
 
 
 def _serve_keeper(watch: _Watch, reports: FrameReader) -> None:
+    seen = watch.seen
     try:
         data = watch.keeper.recv(_READ)
         if not data:
-            raise WireError("the keeper of the job is gone")
+            raise WireError("it is gone")
         for frame in reports.feed(data):
             report: BaseModel = parse_envelope(frame.envelope, KeeperReady, Exited)
             if getattr(report, "job_id", None) != watch.job.spec.job_id:
                 raise WireError("a report of another job's keeper")
             if isinstance(report, KeeperReady):
-                watch.pid = report.pid
-                watch.handle = _handle(report.pid, watch.stack)
-                watch.mechanisms.update(report.enforcement.mechanisms)
-                watch.mechanisms["watchdog"] = Mechanism(state=State.ENFORCED)
+                if watch.pid is not None:
+                    raise WireError("a second 'ready'")
+                stat = read_stat(report.pid)
+                watch.pid, watch.start_ticks = report.pid, stat.start_ticks if stat else 0
+                seen.mechanisms.update(report.enforcement.mechanisms)
             elif isinstance(report, Exited):
-                watch.exited = report
+                seen.exited = report
     except BlockingIOError:
         return
     except (WireError, OSError) as error:
         watch.keeper_gone = True
-        if watch.cause is None:
+        if seen.cause is None and seen.reply is None:
             # Before it forked the worker the failure is ours; afterwards only the job could reach its keeper.
             status = Status.SANDBOX_ERROR if watch.pid is None else Status.CRASHED
-            watch.cause = (status, f"the job's keeper died: {error}")
+            seen.cause = (status, f"the job's keeper died: {error}")
 
 
-def _read_stderr(watch: _Watch) -> bool:
-    """Take what the job has written; returns whether there may be more now."""
+def _read_stderr(watch: _Watch) -> int:
+    """Take what the job has written; returns how many bytes there were, or -1 at the end."""
     try:
         data = os.read(watch.stderr, _READ)
     except BlockingIOError:
-        return False
+        return 0
     if not data:
-        return False
+        return -1
     limits = watch.job.spec.limits
     watch.stderr_bytes += len(data)
     watch.tail.append(data)
     watch.tail_bytes += len(data)
     while watch.tail and watch.tail_bytes - len(watch.tail[0]) >= limits.stderr_tail_bytes:
         watch.tail_bytes -= len(watch.tail.popleft())
-    if watch.stderr_bytes > limits.stderr_bytes and watch.cause is None:
+    if watch.stderr_bytes > limits.stderr_bytes and watch.seen.cause is None:
         watch.breach(Status.OUTPUT_LIMIT, f"more than limits.stderr_bytes = {limits.stderr_bytes} bytes of output")
-    return True
+    return len(data)
 
 
 def _sample(watch: _Watch, ticks: int) -> None:
@@ -377,6 +386,8 @@ def _sample(watch: _Watch, ticks: int) -> None:
         )
     elif usage.processes > limits.processes:
         watch.breach(Status.VIOLATION, f"{usage.processes} processes, limits.processes = {limits.processes}")
+    elif usage.threads > limits.threads:
+        watch.breach(Status.VIOLATION, f"{usage.threads} threads, limits.threads = {limits.threads}")
     elif usage.cpu_seconds > limits.cpu_seconds:
         watch.breach(
             Status.CPU_LIMIT, f"{usage.cpu_seconds:.1f} s of CPU time, limits.cpu_seconds = {limits.cpu_seconds:g}"
@@ -391,65 +402,56 @@ def _sample(watch: _Watch, ticks: int) -> None:
             )
 
 
-def _drain_replies(watch: _Watch, replies: FrameReader) -> None:
-    """The tree is dead: what the worker sent before is in the socket's buffer, and nothing else will come."""
-    if watch.cause is None or watch.reply is None:
-        while _read_worker(watch, replies) and _readable(watch.worker):
-            pass
-
-
 def _readable(sock: socket.socket) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
         return bool(selector.select(0))
 
 
-def _kill_directly(watch: _Watch, forkserver: Forkserver) -> None:
-    """The keeper is gone or does not obey: kill the tree ourselves, and have the template kill what reached it."""
-    for pid, handle in ((watch.keeper_pid, watch.keeper_handle), (watch.pid, watch.handle)):
-        if pid is not None and handle is not None and _alive(handle):
-            kill_tree(pid, include_root=True)
-    forkserver.sweep()
+def _see_dead(watch: _Watch, forkserver: Forkserver) -> None:
+    """Return only when every process of the job is dead: then nobody changes its files any more.
 
-
-def _alive(handle: int) -> bool:
-    """Whether the process of a pidfd has not ended, so that its pid still means it."""
-    poll = select.poll()
-    poll.register(handle, select.POLLIN)
-    return not poll.poll(0)
-
-
-def _handle(pid: int, stack: contextlib.ExitStack) -> int | None:
-    """A pidfd, or None if the process has ended already."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    stack.callback(os.close, handle)
-    return handle
+    A keeper that has reported ends at once. One that does not was stopped by the job, or its report was forged.
+    """
+    end = time.monotonic() + KILL_SECONDS
+    while watch.seen.exited is not None and watch.process.alive() and time.monotonic() < end:
+        time.sleep(0.001)
+    if watch.seen.exited is None or watch.process.alive():
+        if watch.process.alive():
+            kill_tree(watch.process.pid, include_root=True)
+        worker = read_stat(watch.pid) if watch.pid is not None else None
+        if worker is not None and worker.start_ticks == watch.start_ticks:
+            kill_tree(worker.pid, include_root=True)
+        forkserver.sweep()
 
 
 def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult:
-    status, detail, value = _judge(watch)
+    spec, seen = watch.job.spec, watch.seen
+    tail = b"".join(watch.tail)[-spec.limits.stderr_tail_bytes :] if spec.limits.stderr_tail_bytes else b""
+    seen.last_words = tail.decode(errors="replace")
+    status, detail, value = judge(
+        seen, frozenset(spec.result_globals) if isinstance(spec, CallableSpec) else frozenset()
+    )
+    exited, reply = seen.exited, seen.reply
     adopted: tuple[Artifact, ...] = ()
-    if status is Status.OK and watch.reply is not None and watch.reply.artifacts:
+    if status is Status.OK and reply is not None and reply.artifacts:
         try:
-            artifacts.adopt(watch.reply.artifacts, watch.scratch / artifacts.FOLDER, targets, watch.job.spec.limits)
-            adopted = watch.reply.artifacts
+            artifacts.adopt(reply.artifacts, watch.scratch / artifacts.FOLDER, targets, spec.limits)
+            adopted = reply.artifacts
+        except artifacts.ArtifactsTooLarge as error:
+            status, detail, value = Status.OUTPUT_LIMIT, str(error), None
         except WireError as error:
             status, detail, value = Status.PROTOCOL_ERROR, str(error), None
         except OSError as error:
             status, detail, value = Status.SANDBOX_ERROR, f"the kernel files could not be adopted: {error}", None
-    exited, reply = watch.exited, watch.reply
-    tail = b"".join(watch.tail)[-watch.job.spec.limits.stderr_tail_bytes :]
     leaks: tuple[Leak, ...] = (reply.leaks if reply else ()) + (exited.leaks if exited else ())
     return JobResult(
-        job_id=watch.job.spec.job_id,
+        job_id=spec.job_id,
         status=status,
         detail=detail,
         value=value,
-        failure=reply.failure if reply is not None and status.value == reply.status else None,
-        signal=_signal_name(exited.signal) if exited is not None and exited.signal is not None else None,
+        failure=reply.failure if reply is not None and status is reply.status else None,
+        signal=signal_name(exited.signal) if exited is not None and exited.signal is not None else None,
         exit_code=exited.exit_code if exited is not None else None,
         artifacts=adopted,
         usage=Usage(
@@ -460,53 +462,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
             peak_memory_bytes=watch.peak_memory,
             stderr_bytes=watch.stderr_bytes,
         ),
-        stderr_tail=tail.decode(errors="replace"),
-        leaks=LeakReport(job_id=watch.job.spec.job_id, leaks=leaks),
-        enforcement=Enforcement(mechanisms=watch.mechanisms),
+        stderr_tail=seen.last_words,
+        leaks=LeakReport(job_id=spec.job_id, leaks=leaks),
+        enforcement=Enforcement(mechanisms=seen.mechanisms),
     )
-
-
-def _judge(watch: _Watch) -> tuple[Status, str, object]:
-    """The status, one line why, and the value: the first cause recorded wins."""
-    if watch.cause is not None:
-        return *watch.cause, None
-    spec, exited, reply = watch.job.spec, watch.exited, watch.reply
-    if reply is not None:
-        status = Status(reply.status)
-        if status is not Status.OK:
-            return status, reply.detail, None
-        allowed = frozenset(spec.result_globals) if isinstance(spec, CallableSpec) else frozenset()
-        try:
-            return status, "", safe_loads(watch.reply_payload, allowed)
-        except WireError as error:
-            return Status.PROTOCOL_ERROR, str(error), None
-    if exited is None:
-        return Status.SANDBOX_ERROR, "the keeper did not report", None
-    if exited.refused:
-        return Status.SANDBOX_ERROR, exited.refused, None
-    if exited.signal is not None:
-        name = _signal_name(exited.signal)
-        if exited.signal == signal.SIGXCPU:
-            return Status.CPU_LIMIT, f"died of {name}: RLIMIT_CPU behind limits.cpu_seconds", None
-        if exited.signal == signal.SIGXFSZ:
-            return Status.OUTPUT_LIMIT, f"died of {name}: RLIMIT_FSIZE behind limits.disk_bytes", None
-        hint = " (nobody of ours sent it; perhaps the kernel's out-of-memory killer)" if exited.signal == 9 else ""
-        return Status.CRASHED, f"the child died of {name}{hint}", None
-    if exited.exit_code == EXIT_MEMORY:
-        return Status.MEMORY_LIMIT, "an allocation failed under limits.memory_bytes", None
-    ours_to_blame = {
-        EXIT_UNCONFINED: "a required confinement is unavailable: ",
-        EXIT_BAD_REQUEST: "the child refused the request: ",
-        EXIT_NO_PARENT: "the child could not send its reply: ",
-    }
-    if exited.exit_code in ours_to_blame:
-        last = b"".join(watch.tail).decode(errors="replace").strip().splitlines()
-        return Status.SANDBOX_ERROR, ours_to_blame[exited.exit_code] + (last[-1] if last else "no word"), None
-    return Status.CRASHED, f"the child exited with {exited.exit_code} without a reply", None
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -14,9 +14,9 @@ from sandbox.errors import WireError
 
 MAX_DEPTH: Final = 100  # tuples within tuples; hash() of a tuple recurses in C without a check
 _BATCH: Final = 512  # items between two looks at the clock
-_SPARE_MEMORY: Final = 512 << 20
-_MEMORY_PER_BYTE: Final = 32  # short strings take 14 bytes for each byte of the pickle, dicts of one item 40
-_SPARE_SECONDS: Final = 30.0
+_SPARE_MEMORY: Final = 256 << 20  # also for short strings (14 bytes for each of the pickle) and small dicts (40)
+_MEMORY_PER_BYTE: Final = 4  # what is large in a reply is text and bytes
+_SPARE_SECONDS: Final = 20.0
 _BYTES_PER_SECOND: Final = 1e6  # measured on a 2 GHz core: 2.5 (small dicts) to 200 (long bytes) million
 
 _DOUBLE: Final = struct.Struct(">d")

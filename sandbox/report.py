@@ -7,7 +7,7 @@ from collections import Counter, deque
 
 from pydantic import BaseModel, ConfigDict
 
-from sandbox.results import JobResult, LeakReport, Usage
+from sandbox.results import JobResult, Leak, Usage
 
 #: Rows of single jobs that are kept, a count; the counters go on beyond it.
 MAX_ROWS = 2000
@@ -86,7 +86,6 @@ class Recorder:
         self._swallowed: Counter[str] = Counter()
         self._enforcement: dict[str, str] = {}
         self._rows: deque[JobRow] = deque(maxlen=MAX_ROWS)
-        self._children = 0
 
     def graph(self, where: str) -> None:
         """A graph is settled. ``where``: `in_child`, `in_process`, `eager` or `raised`."""
@@ -107,16 +106,6 @@ class Recorder:
         """An error of ours was survived."""
         with self._lock:
             self._swallowed[type(error).__name__] += 1
-
-    def child(self) -> None:
-        """A child was started."""
-        with self._lock:
-            self._children += 1
-
-    def host_leaks(self, report: LeakReport) -> None:
-        """Leaks that belong to no single job."""
-        with self._lock:
-            self._leaks.update(report.counts())
 
     def job(self, result: JobResult, name: str, step: str) -> None:
         """A child has ended."""
@@ -140,9 +129,12 @@ class Recorder:
                 self._enforcement[mechanism] = min(known, state, key=_WEAKEST.index)
             self._rows.append(row)
 
-    def snapshot(self, restarts: int = 0, forkserver_seconds: float = 0.0) -> Stats:
-        """The counts as a model."""
+    def snapshot(
+        self, children: int = 0, restarts: int = 0, forkserver_seconds: float = 0.0, leaks: tuple[Leak, ...] = ()
+    ) -> Stats:
+        """The counts as a model, with what the forkserver knows."""
         with self._lock:
+            leaked = self._leaks + Counter(leak.kind for leak in leaks)
             return Stats(
                 policy=self.policy,
                 mode=self.mode,
@@ -154,8 +146,8 @@ class Recorder:
                 in_process_reasons=dict(self._reasons),
                 outcomes=dict(self._outcomes),
                 fallbacks=dict(self._fallbacks),
-                leaks=dict(self._leaks),
-                children_started=self._children,
+                leaks=dict(leaked),
+                children_started=children,
                 forkserver_restarts=restarts,
                 forkserver_seconds=forkserver_seconds,
                 enforcement=dict(sorted(self._enforcement.items())),

@@ -42,6 +42,13 @@ KILLERS = frozenset(
 )
 
 
+def printable(text: str, limit: int = 2000) -> str:
+    """Text of a job as it may stand in a log: without control characters, which could steer a terminal, without lone
+    surrogates, which JSON has not, and with at most ``limit`` characters."""
+    clipped = text if len(text) <= limit else text[: limit - 3] + "..."
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in clipped)
+
+
 class Usage(_Model):
     """What a job used."""
 
@@ -120,11 +127,21 @@ class Enforcement(_Model):
         return {name: mechanism.state.value for name, mechanism in sorted(self.mechanisms.items())}
 
 
+#: A path that a job may hand back. Never ends in `.pkl` or lies in a folder that PyTorch unpickles from.
+ARTIFACT_PATH = (
+    r"^(inductor/[a-z0-9]{2}/[A-Za-z0-9_.+=-]{1,200}\.(py|cpp|h|so|o|json|txt|cu|cubin|ptx|best_config)"
+    r"|triton/[A-Za-z0-9_=-]{1,128}/[A-Za-z0-9_.+=-]{1,200}"
+    r"|debug/[A-Za-z0-9_.+=/-]{1,512})$"
+)
+
+
 class Artifact(_Model):
     """One file that the job hands back."""
 
-    path: Annotated[str, Field(pattern=r"^(inductor|triton)/[A-Za-z0-9._+=/-]{1,512}$")]
-    """Relative to the job's artifact folder; never with `..`, a link, or a leading slash."""
+    path: Annotated[str, Field(pattern=ARTIFACT_PATH)]
+    """Relative to the job's artifact folder. `inductor/` and `triton/` hold kernels, each in a folder named by a hash;
+    Inductor's folders of pickled state (`fxgraph`, `aotautograd`, `dynamo`) are not to be had. `debug/` holds what
+    `TORCH_COMPILE_DEBUG` writes."""
     size: Annotated[int, Field(ge=0)]
     """Bytes."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

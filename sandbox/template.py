@@ -15,34 +15,36 @@ import gc
 import importlib
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from sandbox import keeper
+from sandbox import keeper, scratch
+from sandbox.enforce import libc
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
-from sandbox.processes import descendants, kill_tree
+from sandbox.processes import Process, descendants
 
 #: Control messages are small; what is larger (spec, payload) goes to the worker by the job's own socket.
 MAX_MESSAGE = 64 * 1024
 #: Seconds that ended threads may take to leave the kernel's list after the warm-up.
 THREAD_SECONDS = 1.0
+#: Seconds for the kill of processes that outlived their keepers; the parent waits for the answer meanwhile.
+STRAY_SECONDS = 2.0
+#: Seconds that keepers get to clean up once the parent is gone, before they are killed, too.
+GRACE_SECONDS = 1.0
 
 
 def main(control_fd: int) -> None:
     """Serve fork requests until the parent is gone. Never returns."""
     control = socket.socket(fileno=control_fd)
     settings = json.loads(control.recv(MAX_MESSAGE))
-    root = settings["root"]
-    parent: int = settings["parent_pid"]
-    signal.signal(signal.SIGTERM, lambda *_: _leave(root, parent))
-    # Ctrl-C in a terminal is the parent's to handle; it ends us by closing the socket.
+    # A preloaded module may hang in C code, where no handler of ours runs.
+    die_with_parent(signal.SIGKILL, settings["parent_pid"])
+    # Ctrl-C and a polite kill of the session are the parent's to handle; it ends us by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGTERM, parent)
     sys.path[:] = settings["sys_path"]
     try:
         report = _warm(settings)
@@ -52,18 +54,21 @@ def main(control_fd: int) -> None:
     become_subreaper()
     # Keepers report by their own sockets; the kernel reaps them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # From here on the loop below sees the parent's end and cleans up after it; the signal wakes it if it was stopped.
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGCONT)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, pages that children share
     _send(control, {"event": "ready", **report})
-    _serve(control, root, parent)
+    _serve(control, Path(settings["root"]))
 
 
 def _warm(settings: dict[str, Any]) -> dict[str, Any]:
     """Import and warm up as the policy says; returns facts for the parent."""
     started = time.monotonic()
     if settings["import_torch"]:
-        # By name, as a worker does it: this module itself knows no torch.
+        # By name, as a worker does it: this module itself knows no torch. The check imports all that a compile uses.
         importlib.import_module("sandbox.inductor.job")
+        importlib.import_module("sandbox.inductor.compat").check()
         if settings["warm_up"]:
             importlib.import_module("sandbox.inductor.compile").warm_up()
     for module in settings["preload"]:
@@ -77,34 +82,61 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
             f"the template has {threads} OS threads after its warm-up ({', '.join(_thread_names())}); forking it would "
             f"be unsafe. A module in forkserver.preload may have started one: {settings['preload']}"
         )
-    return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads}
+    # What a fork request brings along, three descriptors, is open when the next count is taken.
+    return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads, "fds": _open_fds() + 3}
 
 
-def _serve(control: socket.socket, root: str, parent: int) -> None:
-    keepers: set[int] = set()
+def _serve(control: socket.socket, root: Path) -> None:
+    keepers: set[tuple[int, int]] = set()  # pid and start time: a pid alone may be somebody else's by now
     while True:
         try:
             message, fds, _flags, _address = socket.recv_fds(control, MAX_MESSAGE, 8)
         except ConnectionResetError:
             message, fds = b"", []
         if not message:
-            _leave(root, parent)
+            _outlive_parent(root)
         request = json.loads(message)
-        # The kernel reaps keepers (SIGCHLD is ignored), so a pid that is no child any more has ended.
-        children = {process.pid for process in descendants(os.getpid()) if process.ppid == os.getpid()}
-        keepers &= children
-        for stray in children - keepers:
-            # A process whose keeper was killed is handed to us, its subreaper.
-            kill_tree(stray, include_root=True)
+        strays = _kill_strays(keepers)
+        if request["op"] == "leave":
+            os._exit(0)
         if request["op"] == "fork":
-            _send(control, _fork(control, request, fds, keepers))
+            _send(control, {**_fork(request, fds, keepers), "strays": strays})
         elif request["op"] == "inspect":
-            _send(control, {"event": "inspected", "threads": thread_count(), "fds": _open_fds(), "strays": 0})
+            _send(control, {"event": "inspected", "threads": thread_count(), "fds": _open_fds(), "strays": strays})
         for fd in fds:
             os.close(fd)
 
 
-def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], keepers: set[int]) -> dict[str, Any]:
+def _children() -> list[Process]:
+    own = os.getpid()
+    return [process for process in descendants(own) if process.ppid == own]
+
+
+def _kill_strays(keepers: set[tuple[int, int]]) -> int:
+    """Kill the processes whose keeper was killed: they are handed to us, the subreaper. Returns how many.
+
+    One that forks and exits as fast as it can is a new pid each time, so all are killed until none is seen.
+    """
+    killed = 0
+    deadline = time.monotonic() + STRAY_SECONDS
+    while True:
+        children = _children()
+        known = {(process.pid, process.start_ticks) for process in children}
+        keepers &= known  # the kernel reaps keepers, so one that is no child any more has ended
+        strays = [process for process in children if (process.pid, process.start_ticks) not in keepers]
+        if not strays or time.monotonic() > deadline:
+            return killed
+        below = [process for stray in strays for process in descendants(stray.pid)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in (*strays, *below):
+                try:
+                    os.kill(process.pid, number)
+                except ProcessLookupError:
+                    continue  # gone
+        killed += len(strays)
+
+
+def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]) -> dict[str, Any]:
     threads = thread_count()
     if threads != 1:
         return {"event": "refused", "job_id": request["job_id"], "reason": f"{threads} OS threads in the template"}
@@ -114,8 +146,9 @@ def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], keepe
         return {"event": "refused", "job_id": request["job_id"], "reason": f"fork failed: {error}"}
     if pid == 0:
         keeper.main(request, fds)  # never returns
-    keepers.add(pid)
-    return {"event": "forked", "job_id": request["job_id"], "pid": pid, "fds": _open_fds(), "threads": threads}
+    start_ticks = next((process.start_ticks for process in _children() if process.pid == pid), 0)
+    keepers.add((pid, start_ticks))
+    return {"event": "forked", "job_id": request["job_id"], "pid": pid, "start_ticks": start_ticks, "fds": _open_fds()}
 
 
 def thread_count() -> int:
@@ -135,11 +168,17 @@ def _send(control: socket.socket, message: dict[str, Any]) -> None:
     try:
         control.send(json.dumps(message).encode()[:MAX_MESSAGE])
     except (BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # the parent is gone; nobody is left to tell
+        return  # the parent is gone: the next read sees the end
 
 
-def _leave(root: str, parent: int) -> None:
-    """End. If the parent is gone, nobody else removes the scratch root; while it lives, its jobs need it."""
-    if os.getppid() != parent:
-        shutil.rmtree(root, ignore_errors=True)
+def _outlive_parent(root: Path) -> NoReturn:
+    """The parent is gone without a word: see that every job ends, then remove the root, and end.
+
+    Keepers have seen the same end of file and clean up; one that a job has stopped cannot, and is killed.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    _kill_strays(set())
+    scratch.remove(root)
     os._exit(0)

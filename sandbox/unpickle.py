@@ -39,7 +39,7 @@ def safe_loads(data: bytes, allowed: frozenset[str] = frozenset()) -> Any:
     ``allowed`` holds names as `module:qualname`. They are looked up only in modules that are already imported,
     from class to class; anything but an ordinary class is refused, as are metaclasses.
 
-    Memory is bounded by 512 MiB + 32 times the size of ``data``, time by 30 s + 1 s for each MB.
+    Memory is bounded by 256 MiB + 4 times the size of ``data``, time by 20 s + 1 s for each MB.
 
     Raises:
         WireError: whatever is wrong with ``data``.

@@ -44,6 +44,21 @@ def held(pid: int | None = None) -> Held:
     )
 
 
+def family(template: int | None) -> set[int]:
+    """Live processes anywhere on this host that were forked from the template: they have its command line."""
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != template:
+            try:
+                line = Path(f"/proc/{name}/cmdline").read_bytes()
+                state = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[0]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b"sandbox.template" in line and state != "Z":
+                found.add(int(name))
+    return found
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
     """Whether ``condition`` becomes true within ``seconds``."""
     deadline = time.monotonic() + seconds
@@ -89,7 +104,13 @@ def nothing_left(light: sandbox.Sandbox) -> Iterator[None]:
     """Fails the test if it leaves a descriptor, semaphore, segment, process or temporary file behind."""
     template = light.forkserver_pid
     here, there = held(), held(template)
+    root = light._forkserver.root.path
+    processes = family(template)
     yield
     assert light.forkserver_pid == template, "the template died"
+    assert eventually(lambda: not [name for name in os.listdir(root) if name.startswith("job-")]), (
+        "a scratch folder outlived its job"
+    )
+    assert eventually(lambda: family(template) <= processes), "a process of the job lives"
     # A keeper reports before it ends, so its end may be seen a few milliseconds later.
     assert eventually(lambda: held() == here and held(template) == there), (held(), here, held(template), there)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import eventually, held, light_policy
+from conftest import eventually, family, held, light_policy
 
 import sandbox
 from sandbox.errors import ForkserverError, JobError, PolicyError, SandboxError
@@ -97,12 +97,13 @@ def test_a_waiting_job_can_be_cancelled() -> None:
         first = one.submit(sandbox.callable_job(sleep_long))
         waiting = sandbox.callable_job(double, 1)
         second = one.submit(waiting)
-        assert one.cancel(waiting.spec.job_id)
+        assert one.cancel(waiting.spec.job_id, "not needed")
+        assert second.result(0.5).detail == "not needed"
+        assert not first.done()
         started = time.monotonic()
         one.close()
         assert time.monotonic() - started < 5
         assert first.result(5).status is Status.CANCELLED
-        assert second.result(5).status is Status.CANCELLED
         with pytest.raises(SandboxError, match="closed"):
             one.submit(sandbox.callable_job(double, 1))
 
@@ -143,6 +144,82 @@ def test_a_preload_that_starts_a_thread_is_refused(tmp_path: Path, monkeypatch: 
     with sandbox.Sandbox(light_policy(forkserver=settings)) as one:
         with pytest.raises(ForkserverError, match="2 OS threads"):
             one.wait_ready()
+
+
+def test_a_job_that_waits_for_the_forkserver_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = ForkserverSettings(import_torch=False, preload=("slow_to_import",))
+    with sandbox.Sandbox(light_policy(forkserver=settings)) as one:
+        job = sandbox.callable_job(double, 1)
+        future = one.submit(job)
+        assert eventually(lambda: one.forkserver_pid is not None)
+        assert one.cancel(job.spec.job_id)
+        assert future.result(1).status is Status.CANCELLED
+        pid = one.forkserver_pid
+        started = time.monotonic()
+        one.close()
+        assert time.monotonic() - started < 6
+        assert pid is not None and eventually(lambda: not psutil.pid_exists(pid))
+
+
+def test_closing_while_it_starts_leaves_no_template() -> None:
+    before = family(None)
+    for _ in range(10):
+        one = sandbox.Sandbox(light_policy())
+        one.start()
+        one.close()
+        assert not one._forkserver.root.path.exists()
+    assert eventually(lambda: family(None) == before)
+
+
+def test_a_search_path_of_path_objects_and_a_start_that_fails_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nonexistent")])
+    with sandbox.Sandbox(light_policy()) as one:
+        assert result(one, double, 3).value == 6
+    with sandbox.Sandbox(light_policy()) as two:
+        monkeypatch.setattr(sys, "executable", None)
+        with pytest.raises(ForkserverError):
+            two.wait_ready(5)
+        monkeypatch.undo()
+        assert result(two, double, 3).value == 6
+        assert two.stats().forkserver_restarts == 0
+
+
+def test_a_host_without_threads_to_spare_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with sandbox.Sandbox(light_policy(parallel_jobs=1)) as one:
+        one.wait_ready()
+        with monkeypatch.context() as patched:
+
+            def refuse(self: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(SandboxError, match="no thread can be started"):
+                one.submit(sandbox.callable_job(double, 1))
+        assert result(one, double, 5).value == 10
+
+
+def test_a_job_can_be_submitted_once(light: sandbox.Sandbox) -> None:
+    job = sandbox.callable_job(time.sleep, 0.3)
+    first = light.submit(job)
+    with pytest.raises(SandboxError, match="submitted already"):
+        light.submit(job)
+    assert first.result(10).status is Status.OK
+
+
+def test_the_wall_time_of_a_job_does_not_hold_what_the_forkserver_took() -> None:
+    settings = ForkserverSettings(import_torch=False, fork_timeout_seconds=5.0)
+    with sandbox.Sandbox(light_policy(forkserver=settings)) as one:
+        one.wait_ready()
+        pid = one.forkserver_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        future = one.submit(sandbox.callable_job(double, 2, limits=Limits(wall_seconds=1.0)))
+        with pytest.raises(TimeoutError):
+            future.result(1.5)
+        os.kill(pid, signal.SIGCONT)
+        assert future.result(20).status is Status.OK
 
 
 def test_bad_input_is_refused_before_anything_starts() -> None:

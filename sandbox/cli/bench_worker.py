@@ -39,9 +39,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     times["import_inductor"] = time.perf_counter() - started
     scheme = None
     if task["scheme"] == "sandbox":
+        started = time.perf_counter()
         from sandbox.inductor.install import install, installed
 
-        started = time.perf_counter()
         install(task["policy"])
         scheme = installed()
         times["install"] = time.perf_counter() - started

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sandbox.errors import WireError
 from sandbox.inductor import compat
+from sandbox.inductor.budget import shown
+
+#: Groups of Dynamo's counters that Inductor counts in (2.11, 2.13).
+_GROUPS: Final = frozenset({"inductor", "aten_mm_info"})
+_MAX_NAMES: Final = 1000  # in one group
+_MAX_NAME: Final = 300  # characters
+#: What one compile can add to a count.
+_MAX_ADDED: Final = 1 << 40
 
 
 def _metrics() -> dict[str, int]:
@@ -41,19 +49,33 @@ def check(data: Any) -> None:
     """Raise WireError unless ``data`` is what :meth:`Counts.deltas` returns."""
     if not isinstance(data, dict) or set(data) != {"metrics", "counters", "loops"}:
         raise WireError("the reply's counts are malformed")
-    groups = data["counters"]
-    if not isinstance(groups, dict) or not isinstance(data["loops"], list):
+    groups, pairs = data["counters"], data["loops"]
+    if not isinstance(groups, dict) or len(groups) > _MAX_NAMES or not isinstance(pairs, list):
         raise WireError("the reply's counters are malformed")
     for table in (data["metrics"], *groups.values()):
-        if not isinstance(table, dict) or not all(type(n) is int and isinstance(k, str) for k, n in table.items()):
-            raise WireError("a count of the reply is not a number")
-    pairs = data["loops"]
-    if not all(isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
+        check_table(table)
+    if len(pairs) > _MAX_NAMES or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(_is_count(n) for n in pair) for pair in pairs
+    ):
         raise WireError("the reply's loop counts are malformed")
 
 
+def check_table(table: Any) -> dict[str, int]:
+    """``table`` if it maps names to counts of one compile, else WireError."""
+    if not isinstance(table, dict) or len(table) > _MAX_NAMES:
+        raise WireError(f"counts of the reply are {shown(table)}, or too many")
+    for name, added in table.items():
+        if type(name) is not str or not _is_count(added):
+            raise WireError("a count of the reply is not a number")
+    return table
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and abs(value) <= _MAX_ADDED
+
+
 def apply(data: Any) -> None:
-    """Add a child's counts to this process's own.
+    """Add a child's counts to this process's own. Groups that neither Inductor nor this process has are left out.
 
     Raises:
         WireError: when ``data`` is malformed; nothing has been added then.
@@ -63,9 +85,11 @@ def apply(data: Any) -> None:
     for name, added in data["metrics"].items():
         if name in known:
             setattr(compat.metrics, name, known[name] + added)
+    groups = _GROUPS | set(compat.counters)
     for group, table in data["counters"].items():
-        for name, added in table.items():
-            compat.counters[group][name] += added
+        if group in groups:
+            for name, added in table.items():
+                compat.counters[group][name[:_MAX_NAME]] += added
     for inner, local in data["loops"]:
         compat.metrics.cpp_outer_loop_fused_inner_counts.append(compat.metrics.CppOuterLoopFusedCount(inner, local))
 

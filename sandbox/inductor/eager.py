@@ -2,13 +2,83 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 
-from sandbox.inductor import compat
+from sandbox.inductor import compat, philox
+
+#: Inductor's random ops, which say nothing of their seed when they run uncompiled, and what stands in for them.
+_RANDOM: Final[dict[str, Callable[..., torch.Tensor]]] = {
+    "prims.inductor_seed.default": philox.seed,
+    "prims.inductor_seeds.default": philox.seeds,
+    "prims.inductor_random.default": philox.random,
+    "prims.inductor_randint.default": philox.randint,
+}
+_SEEDED: Final = ("prims.inductor_random.default", "prims.inductor_randint.default")
+
+#: Inductor's numbers of the graphs whose forward pass runs uncompiled; forward and backward share a number.
+_uncompiled_forwards: set[int] = set()
+
+
+def _random_nodes(gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+    for module in gm.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from (n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _RANDOM)
+
+
+def _seeded_on_gpu(gm: torch.fx.GraphModule) -> bool:
+    for node in _random_nodes(gm):
+        value = node.meta.get("val")
+        if str(node.target) in _SEEDED and isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            return True
+    return False
+
+
+def note(graph_kwargs: dict[str, Any]) -> None:
+    """A graph is settled: it runs uncompiled."""
+    if not graph_kwargs.get("is_backward") and isinstance(graph_kwargs.get("graph_id"), int):
+        _uncompiled_forwards.add(graph_kwargs["graph_id"])
+
+
+def mixes(gm: torch.fx.GraphModule, graph_kwargs: dict[str, Any], *, uncompiled: bool) -> bool:
+    """Whether running this backward graph (un)compiled would recompute another random mask than its forward used.
+
+    On the CPU compiled and uncompiled numbers are the same. On a GPU they are not (see `sandbox.inductor.philox`), so
+    there a backward graph with seeded random ops has to run as its forward graph did.
+    """
+    if not graph_kwargs.get("is_backward") or not _seeded_on_gpu(gm):
+        return False
+    return (graph_kwargs.get("graph_id") in _uncompiled_forwards) is not uncompiled
+
+
+def seeded(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of ``gm`` whose random ops follow their seeds, subgraphs included; tensors are shared. ``gm`` itself
+    if it has none."""
+    if next(_random_nodes(gm), None) is None:
+        return gm
+    graph = torch.fx.Graph()
+    copied: dict[torch.fx.Node, torch.fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copied)
+    (last,) = (node for node in gm.graph.nodes if node.op == "output")
+    graph.output(output).meta = copy.copy(last.meta)
+    graph.set_codegen(copy.copy(gm.graph._codegen))
+    made = torch.fx.GraphModule(gm, graph)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _RANDOM.get(str(node.target), node.target)
+        elif node.op in ("get_attr", "call_module"):
+            # GraphModule made fresh modules on the way there, so ``gm`` keeps its own subgraphs.
+            path, _, name = str(node.target).rpartition(".")
+            owner = made.get_submodule(path)
+            nested = getattr(owner, name)
+            if isinstance(nested, torch.fx.GraphModule):
+                setattr(owner, name, seeded(nested))
+    made.recompile()
+    return made
 
 
 @functools.cache
@@ -20,7 +90,7 @@ def eager_class() -> type[Any]:
         does. Never cached: the next process tries to compile again."""
 
         def __init__(self, gm: torch.fx.GraphModule) -> None:
-            self._gm = gm
+            self._gm = seeded(gm)
             self._forward: Callable[..., Any] | None = None
             self._boxed_call = True
 

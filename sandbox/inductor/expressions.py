@@ -7,16 +7,17 @@ symbols are those of the parent's own ShapeEnv.
 from __future__ import annotations
 
 import ast
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sympy
 
 from sandbox.errors import UnserializableError, WireError
 from sandbox.inductor import compat
+from sandbox.inductor.budget import MAX_BITS, Budget, shown
 
 _SYMPY: Final = (
-    "Add", "Mul", "Pow", "And", "Or", "Not", "Xor", "Mod", "Max", "Min", "floor", "ceiling", "Abs", "Piecewise",
-    "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "ExprCondPair",
+    "Add", "Mul", "Pow", "And", "Or", "Not", "Xor", "Mod", "Max", "Min", "floor", "ceiling", "Abs", "Equality",
+    "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan",
 )  # fmt: skip
 _TORCH: Final = (
     "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
@@ -26,14 +27,25 @@ _TORCH: Final = (
     "OpaqueUnaryFn_cos", "OpaqueUnaryFn_tan", "OpaqueUnaryFn_tanh", "OpaqueUnaryFn_sinh", "OpaqueUnaryFn_cosh",
     "OpaqueUnaryFn_asin", "OpaqueUnaryFn_acos", "OpaqueUnaryFn_atan",
 )  # fmt: skip
-_MAX_NODES: Final = 10_000
 _MAX_DEPTH: Final = 200
-_MAX_BITS: Final = 256
+_MAX_ARGUMENTS: Final = 64
+#: sympy compares the arguments of these with one another.
+_MAX_COMPARED: Final = 16
+_COMPARED: Final = frozenset({"sympy.Max", "sympy.Min", "torch.Max", "torch.Min", "sympy.Xor"})
+_POWERS: Final = frozenset({"sympy.Pow", "torch.PowByNatural", "torch.FloatPow"})
+#: Their second argument is a number of digits.
+_SHIFTS: Final = frozenset({"torch.LShift", "torch.RShift", "torch.RoundDecimal"})
+_MAX_EXPONENT: Final = 16
+#: Degree of an expression as a polynomial: with sizes of 64 bits its value has 64 times as many bits at most.
+_MAX_DEGREE: Final = 64
+#: Summands of one expression once it is expanded, which ShapeEnv does.
+_MAX_TERMS: Final = 1000
+#: Characters of one stride.
+_MAX_STRIDE: Final = 4000
 
 
 def _functions() -> dict[str, Any]:
     table: dict[str, Any] = {f"sympy.{name}": getattr(sympy, name) for name in _SYMPY if hasattr(sympy, name)}
-    table["sympy.ExprCondPair"] = sympy.functions.elementary.piecewise.ExprCondPair
     for name in _TORCH:
         if hasattr(compat.sympy_functions, name):
             table[f"torch.{name}"] = getattr(compat.sympy_functions, name)
@@ -62,90 +74,143 @@ def encode(expr: Any) -> list[Any]:
     raise UnserializableError("guard", f"{type(expr).__name__} is not on the list of functions that a guard may use")
 
 
-def decode(data: Any, symbols: dict[str, sympy.Symbol]) -> Any:
+class _Size(NamedTuple):
+    """How large an expression can become when it is evaluated or expanded."""
+
+    degree: int
+    terms: int
+
+
+_ATOM: Final = _Size(1, 1)
+
+
+def decode(data: Any, symbols: dict[str, sympy.Symbol], budget: Budget) -> Any:
     """The expression that :func:`encode` described, over ``symbols`` (by name).
 
     Raises:
-        WireError: for anything else.
+        WireError: for anything else, and for one that would take long to build, to evaluate or to expand.
     """
-    budget = [_MAX_NODES]
     functions = _functions()
 
-    def build(node: Any, depth: int) -> Any:
-        budget[0] -= 1
-        if budget[0] < 0 or depth > _MAX_DEPTH:
-            raise WireError("an expression of the reply is too large")
+    def build(node: Any, depth: int) -> tuple[Any, _Size]:
+        budget.spend("expression nodes")
+        if depth > _MAX_DEPTH:
+            raise WireError("an expression of the reply is nested too deeply")
         match node:
             case ["bool", bool(value)]:
-                return sympy.true if value else sympy.false
-            case ["int", int(value)] if type(value) is int and value.bit_length() <= _MAX_BITS:
-                return sympy.Integer(value)
-            case ["rational", int(p), int(q)] if q > 0 and max(p.bit_length(), q.bit_length()) <= _MAX_BITS:
-                return sympy.Rational(p, q)
+                return (sympy.true if value else sympy.false), _ATOM
+            case ["int", int(value)] if type(value) is int and value.bit_length() <= MAX_BITS:
+                return sympy.Integer(value), _ATOM
+            case ["rational", int(p), int(q)] if q > 0 and max(p.bit_length(), q.bit_length()) <= MAX_BITS:
+                return sympy.Rational(p, q), _ATOM
             case ["float", float(value)]:
-                return sympy.Float(value)
+                return sympy.Float(value), _ATOM
             case ["symbol", str(name)]:
                 if name not in symbols:
-                    raise WireError(f"an expression of the reply names the unknown symbol {name!r:.80}")
-                return symbols[name]
+                    raise WireError(f"an expression of the reply names the unknown symbol {shown(name)}")
+                return symbols[name], _ATOM
             case ["call", str(name), list(arguments)] if name in functions:
+                if len(arguments) > (_MAX_COMPARED if name in _COMPARED else _MAX_ARGUMENTS):
+                    raise WireError(f"{name} with {len(arguments)} arguments")
                 made = [build(argument, depth + 1) for argument in arguments]
-                _check_power(name, made)
-                return functions[name](*made)
+                size = _size(name, made)
+                if size.degree > _MAX_DEGREE or size.terms > _MAX_TERMS:
+                    raise WireError(f"{name} of the reply is too large")
+                return functions[name](*(item for item, _ in made)), size
             case _:
-                raise WireError(f"an expression of the reply is malformed: {node!r:.120}")
+                raise WireError(f"an expression of the reply is malformed: {shown(node)}")
 
     try:
-        return build(data, 0)
+        made, size = build(data, 0)
+        budget.spend("terms", size.terms)
+        return made
     except WireError:
         raise
     except Exception as error:  # noqa: BLE001 - sympy raises whatever it likes on nonsense arguments
-        raise WireError(f"an expression of the reply cannot be built: {type(error).__name__}: {error}") from None
+        raise WireError(f"an expression of the reply cannot be built: {type(error).__name__}") from None
 
 
-def _check_power(name: str, arguments: list[Any]) -> None:
-    """A constant power or shift is computed at once: keep it small."""
-    if name in ("sympy.Pow", "torch.PowByNatural", "torch.LShift", "torch.FloatPow") and len(arguments) == 2:
-        base, exponent = arguments
-        if exponent.is_number and base.is_number and abs(exponent) > 64:
-            raise WireError(f"{name} with the exponent {exponent} is too large")
+def _size(name: str, arguments: list[tuple[Any, _Size]]) -> _Size:
+    """An upper bound, before sympy computes anything."""
+    sizes = [size for _, size in arguments]
+    if name in _POWERS or name in _SHIFTS:
+        if len(arguments) != 2 or not arguments[1][0].is_number:
+            # No guard of Inductor raises to a power, or shifts by, what is not known.
+            raise WireError(f"{name} needs a constant")
+        exponent = abs(float(arguments[1][0]))
+        if not exponent <= (_MAX_EXPONENT if name in _POWERS else MAX_BITS):
+            raise WireError(f"{name} with a constant that is too large")
+        if name in _SHIFTS:
+            return _Size(sizes[0].degree + 4, sizes[0].terms)
+        whole = max(1, int(exponent))
+        # The terms are bounded before the power is taken: 1000 ** 16 has only 160 bits.
+        return _Size(sizes[0].degree * whole, int(sizes[0].terms ** whole))
+    if name == "sympy.Mul":
+        terms = 1
+        for size in sizes:
+            terms = min(terms * size.terms, _MAX_TERMS + 1)
+        return _Size(sum(size.degree for size in sizes), terms)
+    if name == "sympy.Add":
+        return _Size(max((size.degree for size in sizes), default=1), sum(size.terms for size in sizes))
+    return _Size(max((size.degree for size in sizes), default=1), max((size.terms for size in sizes), default=1))
 
 
-def check_stride(text: Any, symbols: frozenset[str]) -> str:
-    """A stride as Inductor prints it, proven to be arithmetic over known names before anybody evaluates it.
+def check_stride(text: Any, symbols: frozenset[str], budget: Budget) -> str:
+    """A stride as Inductor prints it, proven to be small arithmetic over known names: torch evaluates it later.
 
     Raises:
         WireError: for anything that is not.
     """
-    if not isinstance(text, str) or len(text) > 10_000:
-        raise WireError(f"a stride of the reply is not an expression: {text!r:.80}")
-    if text.isdecimal():
+    if not isinstance(text, str) or len(text) > _MAX_STRIDE:
+        raise WireError(f"a stride of the reply is not an expression: {shown(text)}")
+    if text.isascii() and text.isdecimal() and len(text) <= 20:
         return text
     try:
         tree = ast.parse(text, mode="eval")
+        budget.spend("expression nodes", sum(1 for _ in ast.walk(tree)))
+        degree = _degree(tree.body, symbols)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise WireError(f"a stride of the reply cannot be read: {text!r:.80}: {error}") from None
-    allowed = (
-        ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.IfExp, ast.Load, ast.operator, ast.unaryop,
-        ast.cmpop, ast.boolop,
-    )  # fmt: skip
-    for node in ast.walk(tree):
-        match node:
-            case ast.Constant(value=int() | float()):
-                continue
-            case ast.Name(id=name) if name in symbols or name in ("max", "min", "int", "float", "abs", "round"):
-                continue
-            case ast.Name(id="math" | "torch"):
-                continue
-            case ast.Attribute(value=ast.Name(id="math"), attr="ceil" | "floor" | "trunc" | "sqrt" | "pow"):
-                continue
-            case ast.Attribute(value=ast.Name(id="torch"), attr=attr) if attr.startswith("sym_") or attr == "_sym_sqrt":
-                continue
-            case ast.Call(keywords=[]):
-                continue
-            case _ if isinstance(node, allowed) and not isinstance(node, ast.Pow | ast.LShift):
-                continue
-            case ast.Pow():
-                continue
-        raise WireError(f"a stride of the reply is not plain arithmetic: {text!r:.80}")
+        raise WireError(f"a stride of the reply cannot be read: {shown(text)}: {type(error).__name__}") from None
+    if degree > _MAX_DEGREE:
+        raise WireError(f"a stride of the reply is too large: {shown(text)}")
     return text
+
+
+#: What PythonPrinter writes for sympy's and torch's functions: names that a stride may call.
+_CALLS: Final = frozenset(
+    {"max", "min", "int", "float", "abs", "round", "math.ceil", "math.floor", "math.trunc", "math.sqrt"}
+    | {f"torch.sym_{name}" for name in ("max", "min", "int", "float", "ite", "not", "sqrt")}
+    | {"torch._sym_sqrt"}
+)
+_OPERATORS: Final = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Div, ast.Mod)
+
+
+def _degree(node: ast.expr, symbols: frozenset[str]) -> int:
+    """How many times 64 bits the value can have at most, as :data:`_MAX_DEGREE`; WireError for what is no arithmetic."""
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise WireError("a stride of the reply holds too large a number")
+            return 1
+        case ast.Name(id=name) if name in symbols:
+            return 1
+        case ast.UnaryOp(operand=operand):
+            return _degree(operand, symbols)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int(exponent))) if 0 < exponent <= 16:
+            return _degree(left, symbols) * exponent
+        case ast.BinOp(left=left, op=operator, right=right) if isinstance(operator, _OPERATORS):
+            one, two = _degree(left, symbols), _degree(right, symbols)
+            return one + two if isinstance(operator, ast.Mult) else max(one, two)
+        case ast.Compare(left=left, comparators=others):
+            return max(_degree(item, symbols) for item in (left, *others))
+        case ast.BoolOp(values=values):
+            return max(_degree(item, symbols) for item in values)
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return max(_degree(item, symbols) for item in (test, body, orelse))
+        case ast.Call(func=ast.Name(id="round"), args=[_, digits]) if not isinstance(digits, ast.Constant):
+            pass  # `round(1, -(10**9))` computes that power
+        case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Name()) as function, args=arguments, keywords=[]) if (
+            ast.unparse(function) in _CALLS
+        ):
+            return max((_degree(item, symbols) for item in arguments), default=1)
+    raise WireError("a stride of the reply is not plain arithmetic")

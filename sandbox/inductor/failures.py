@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import builtins
 import sys
-import traceback
 from typing import Any, Final
 
 from sandbox.results import Failure
 
-_MAX_MESSAGE: Final = 1 << 20
-
-
-def failure_of(error: BaseException) -> Failure:
-    """Class, message and traceback of ``error``, as text. In a child."""
-    kind = type(error)
-    try:
-        message = str(error)
-    except Exception as broken:  # noqa: BLE001 - an exception's own __str__ may raise anything
-        message = f"(its message cannot be shown: {type(broken).__name__})"
-    text = "".join(traceback.format_exception(error))
-    return Failure(
-        module=kind.__module__,
-        qualname=kind.__qualname__,
-        message=message[:_MAX_MESSAGE],
-        traceback=text[-_MAX_MESSAGE:],
-    )
+#: Words that end the name of a class that says "this failed".
+_ENDINGS: Final = ("Error", "Exception", "Warning")
+#: Classes that Inductor raises, or lets through, under other names (2.11, 2.13).
+_OTHERS: Final = frozenset(
+    {
+        "torch._inductor.exc.OperatorIssue",
+        "torch._inductor.exc.MissingOperatorWithDecomp",
+        "torch._inductor.exc.MissingOperatorWithoutDecomp",
+        "torch._inductor.exc.InvalidCxxCompiler",
+        "torch._inductor.exc.TritonMissing",
+        "torch._inductor.exc.GPUTooOldForTriton",
+        "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode",
+        "torch.fx.experimental.symbolic_shapes.PendingUnbackedSymbolNotFound",
+    }
+)
+#: With these Dynamo steers itself (SkipFrame, RestartAnalysis, Unsupported, ...): no Dynamo runs in a child, and
+#: Inductor raises none of them.
+_CONTROL: Final = "torch._dynamo."
 
 
 def rebuild_exception(failure: Failure) -> BaseException:
     """An exception of the failure's class with its message, or a RuntimeError that says the same.
 
-    The class is taken only from `builtins` or from a module of torch that this process has imported already, and
-    its `__init__` is not run. The child's traceback is the exception's note.
+    The class is taken only from `builtins` or from the module of torch that defines it and that this process has
+    imported already; it must be one that says that something failed, and none that Dynamo steers itself by. Its
+    `__init__` is not run. The child's traceback is the exception's note.
     """
     cls = _class_of(failure)
     error: BaseException
@@ -62,10 +63,15 @@ def _with_message(cls: type[Exception], message: str) -> BaseException:
 
 def _class_of(failure: Failure) -> type[Exception] | None:
     root = failure.module.partition(".")[0]
-    if root not in ("builtins", "torch"):
+    if root not in ("builtins", "torch") or failure.module.startswith(_CONTROL):
+        return None
+    if not failure.qualname.endswith(_ENDINGS) and f"{failure.module}.{failure.qualname}" not in _OTHERS:
         return None
     found: object = builtins if root == "builtins" else sys.modules.get(failure.module)
     for part in failure.qualname.split("."):
         # Looked up in the dictionary only: a module's __getattr__ may import.
         found = getattr(found, "__dict__", {}).get(part)
-    return found if isinstance(found, type) and issubclass(found, Exception) else None
+    if not isinstance(found, type) or not issubclass(found, Exception):
+        return None
+    # A module may hold a class of another, Dynamo's among them.
+    return found if (found.__module__, found.__qualname__) == (failure.module, failure.qualname) else None

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from sandbox.errors import WireError
 from sandbox.inductor import compat
+from sandbox.inductor.budget import shown
 
 _KEY: Final = re.compile(r"^[a-z0-9]{8,128}$")
 _PATH: Final = re.compile(r"^[A-Za-z0-9_-]{1,64}/[A-Za-z0-9._-]{1,200}\.so$")
@@ -74,9 +75,9 @@ def check(table: Any) -> dict[str, dict[str, str]]:
         if not isinstance(identity, str) or not isinstance(entry, dict) or set(entry) != {"key", "path"}:
             raise WireError("an entry of the reply's table of kernels is malformed")
         if not isinstance(entry["key"], str) or not _KEY.match(entry["key"]):
-            raise WireError(f"a kernel's key is malformed: {entry['key']!r:.80}")
+            raise WireError(f"a kernel's key is malformed: {shown(entry['key'])}")
         if not isinstance(entry["path"], str) or not _PATH.match(entry["path"]) or ".." in entry["path"]:
-            raise WireError(f"a kernel's path is malformed: {entry['path']!r:.80}")
+            raise WireError(f"a kernel's path is malformed: {shown(entry['path'])}")
     return table
 
 
@@ -99,9 +100,9 @@ def install_loader() -> None:
         ) -> Any:  # fmt: skip
             table = getattr(_local, "table", None)
             if table is not None:
-                entry = table.get(_identity(cls, main_code, device_type, extra_flags, optimized_code))
-                if entry is not None:
-                    return _loader(cls, entry)
+                identity = _identity(cls, main_code, device_type, extra_flags, optimized_code)
+                if identity in table:
+                    return _loader(cls, identity, table[identity])
             return original(cls, main_code, device_type, submit_fn, extra_flags, optimized_code, *args, **kwargs)
 
         def use_process_pool(cls: Any) -> bool:
@@ -126,17 +127,17 @@ def remove_loader() -> None:
         _installed.clear()
 
 
-def _loader(cls: Any, entry: dict[str, str]) -> Callable[[], Any]:
+def _loader(cls: Any, identity: str, entry: dict[str, str]) -> Callable[[], Any]:
+    """What Inductor calls for the library. Never in `cls.cache`, where one reply could claim another graph's key."""
     path = os.path.join(compat.runtime_cache_dir(), entry["path"])
+    # Python modules go into sys.modules under this key: one of their own for each source and file.
+    key = hashlib.sha256(f"{identity} {path}".encode()).hexdigest()
 
     @functools.cache
     def load() -> Any:
-        return cls._load_library(path, entry["key"])
+        return cls._load_library(path, key)
 
-    if entry["key"] not in cls.cache:
-        cls.cache[entry["key"]] = load
-    found: Callable[[], Any] = cls.cache[entry["key"]]
-    return found
+    return load
 
 
 @contextlib.contextmanager

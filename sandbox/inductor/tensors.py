@@ -9,6 +9,7 @@ import torch
 
 from sandbox.errors import UnserializableError, WireError
 from sandbox.inductor import compat
+from sandbox.inductor.budget import shown
 
 #: Names of the dtypes that travel, as torch spells them without the module.
 DTYPES: Final[dict[str, torch.dtype]] = {
@@ -67,14 +68,21 @@ def _encode_packed(tensor: torch.Tensor) -> dict[str, Any]:
     return {**encode(dense), "frozen": bool(getattr(tensor, "_is_frozen_param", False)), "packed": True}
 
 
+#: Where many of torch's own operations end.
+_MAX_DIMENSIONS: Final = 64
+_MAX_ELEMENTS: Final = 1 << 48
+
+
 def _ints(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 1 << 62 for item in value):
-        raise WireError(f"tensor {what} must be a list of sizes, got {value!r:.80}")
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        raise WireError(f"tensor {what} must be a list of sizes, got {shown(value)}")
+    if not all(type(item) is int and 0 <= item < 1 << 62 for item in value):
+        raise WireError(f"tensor {what} must be a list of sizes")
     return tuple(value)
 
 
 def decode(data: Any) -> torch.Tensor:
-    """The tensor that :func:`encode` described, on its own device.
+    """The tensor that :func:`encode` described, on its own device. It takes no more memory than its bytes.
 
     Raises:
         WireError: when the description is malformed or does not fit its bytes.
@@ -85,34 +93,53 @@ def decode(data: Any) -> torch.Tensor:
         raise WireError("a tensor must be a table of dtype, shape, stride, device, requires_grad, parameter, bytes")
     dtype, raw, device = data["dtype"], data["bytes"], data["device"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise WireError(f"tensor dtype {dtype!r:.80} is unknown")
+        raise WireError(f"tensor dtype {shown(dtype)} is unknown")
     if not isinstance(raw, bytes) or not isinstance(device, str):
         raise WireError("tensor bytes must be bytes and its device a string")
+    if not all(type(data[name]) is bool for name in ("requires_grad", "parameter", "frozen", "packed")):
+        raise WireError("a tensor's requires_grad, parameter, frozen and packed must be true or false")
     shape, stride = _ints(data["shape"], "shape"), _ints(data["stride"], "stride")
     if len(shape) != len(stride):
         raise WireError(f"tensor has {len(shape)} sizes and {len(stride)} strides")
     count = _extent(shape, stride)
     if count * DTYPES[dtype].itemsize != len(raw):
-        raise WireError(f"tensor of extent {count} x {DTYPES[dtype].itemsize} bytes came with {len(raw)} bytes")
-    if math.prod(shape) >= 1 << 48:
-        raise WireError(f"tensor of {math.prod(shape)} elements is too large")
+        raise WireError(f"tensor of another extent than its {len(raw)} bytes")
+    elements = math.prod(shape)
+    if elements >= _MAX_ELEMENTS or (data["packed"] and elements != count):
+        # A stride of 0 makes any number of elements of one; packing would write them all out.
+        raise WireError("a tensor of the reply is too large")
+    if data["requires_grad"] and not (DTYPES[dtype].is_floating_point or DTYPES[dtype].is_complex):
+        raise WireError(f"a tensor of {dtype} cannot require a gradient")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise WireError(f"tensor device {device!r:.80}: {error}") from None
+    except RuntimeError:
+        raise WireError(f"tensor device {shown(device)} is unknown") from None
+    if place.type == "meta":
+        raise WireError("a tensor without data")
+    try:
+        return _make(raw, DTYPES[dtype], shape, stride, place, data)
+    except (WireError, UnserializableError):
+        raise
+    except Exception as error:  # noqa: BLE001 - torch refuses what no encoder sends, each kind in its own way
+        raise WireError(f"a tensor of the reply cannot be made: {type(error).__name__}") from None
+
+
+def _make(
+    raw: bytes, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], place: Any, data: dict[str, Any]
+) -> torch.Tensor:
     with compat.disable_current_modes(), torch.no_grad():
         flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
-        tensor = flat.view(DTYPES[dtype])
+        tensor = flat.view(dtype)
         if place.type != "cpu":
             try:
                 tensor = tensor.to(place)
             except (RuntimeError, AssertionError) as error:
-                raise UnserializableError("device_constant", f"a constant lives on {device}: {error}") from None
+                raise UnserializableError("device_constant", f"a constant lives on {place}: {error}") from None
         tensor = torch.as_strided(tensor, shape, stride)
         if data["packed"]:
             tensor = tensor.to_mkldnn()
         if data["parameter"]:
-            tensor = torch.nn.Parameter(tensor, requires_grad=bool(data["requires_grad"]))
+            tensor = torch.nn.Parameter(tensor, requires_grad=data["requires_grad"])
         elif data["requires_grad"]:
             tensor.requires_grad_(True)
         if data["frozen"]:

@@ -1,0 +1,152 @@
+"""Scratch folders: one root per forkserver, one folder per job, and their removal whatever is in them.
+
+The root is held by an advisory lock (flock) of the process that made it, so that a later process can tell the roots
+of the living from those of the dead: by the lock, not by a pid, which means nothing in another container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+_LOCK: Final = "lock"
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Things that could not be removed and are named in the answer, a count at most.
+_MAX_LEFT: Final = 20
+
+
+class Root:
+    """The folder of one forkserver, in the temporary folder, mode 0700."""
+
+    def __init__(self) -> None:
+        """Make it, and remove the roots of our earlier processes that are gone.
+
+        Raises:
+            OSError: the temporary folder cannot be written.
+        """
+        self.swept = _sweep()
+        self.path = Path(tempfile.mkdtemp(prefix=_prefix()))
+        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def folder(self, prefix: str) -> Path:
+        """A new, empty folder in the root.
+
+        Raises:
+            OSError: the disk is full, or the root is gone.
+        """
+        return Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.path))
+
+    def remove(self) -> tuple[str, ...]:
+        """Remove the root and all that is in it; returns what could not be removed. Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        return remove(self.path)
+
+
+def _prefix() -> str:
+    return f"sandbox-{os.geteuid()}-"
+
+
+def _sweep() -> int:
+    """Remove roots that nobody holds; returns how many."""
+    removed = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+        try:
+            held = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # not a root of ours, being made just now, or of another user
+        try:
+            if os.fstat(held).st_uid == os.geteuid():
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(folder)
+                removed += 1
+        except BlockingIOError:
+            continue  # its process lives
+        finally:
+            os.close(held)
+    return removed
+
+
+def remove(folder: Path) -> tuple[str, ...]:
+    """Remove a folder tree; returns what could not be removed, at most 20 names with the reason.
+
+    Nothing may run in it any more. Follows no link. Holds two descriptors and no recursion however deep the tree is:
+    what lies deeper is moved up first. Folders without permissions are given them.
+    """
+    left: list[str] = []
+    try:
+        root = os.open(folder, _DIRECTORY)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            return (f"{folder}: {error.strerror}",)
+        # Somebody has put a link or a file in the folder's place.
+        with _told(left, str(folder)):
+            os.unlink(folder)
+        return tuple(left)
+    try:
+        moved = 0
+        progress = True
+        while progress:
+            progress = False
+            left.clear()
+            for name in os.listdir(root):
+                is_folder, moved = _empty(root, name, moved, left)
+                with _told(left, f"{folder}/{name}"):
+                    (os.rmdir if is_folder else os.unlink)(name, dir_fd=root)
+                    progress = True
+    finally:
+        os.close(root)
+    with _told(left, str(folder)):
+        os.rmdir(folder)
+    return tuple(left[:_MAX_LEFT])
+
+
+def _empty(root: int, name: str, moved: int, left: list[str]) -> tuple[bool, int]:
+    """If ``name`` in ``root`` is a folder, unlink its files and move its folders up into ``root``."""
+    try:
+        inner = os.open(name, _DIRECTORY, dir_fd=root)
+    except PermissionError:
+        with _told(left, name):
+            os.chmod(name, 0o700, dir_fd=root)
+        try:
+            inner = os.open(name, _DIRECTORY, dir_fd=root)
+        except OSError:
+            return True, moved
+    except OSError:
+        return False, moved  # not a folder
+    try:
+        with contextlib.suppress(PermissionError):
+            os.fchmod(inner, 0o700)  # of another owner: what follows tells
+        for entry in os.listdir(inner):
+            with _told(left, entry):
+                try:
+                    os.unlink(entry, dir_fd=inner)
+                except (IsADirectoryError, PermissionError):  # which of the two, depends on the file system
+                    # Moving a folder writes to it: to its entry for the parent.
+                    with contextlib.suppress(PermissionError):
+                        os.chmod(entry, 0o700, dir_fd=inner)
+                    os.rename(entry, f".moved-{moved}", src_dir_fd=inner, dst_dir_fd=root)
+                    moved += 1
+    finally:
+        os.close(inner)
+    return True, moved
+
+
+@contextlib.contextmanager
+def _told(left: list[str], name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        pass  # gone already
+    except OSError as error:
+        left.append(f"{name!r}: {error.strerror}")

@@ -1,0 +1,91 @@
+"""From what was seen of a job to how it ended: the status, one line why, and the value."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+
+from sandbox.child import EXIT_BAD_REQUEST, EXIT_MEMORY, EXIT_NO_PARENT, EXIT_UNCONFINED
+from sandbox.envelopes import Exited, Reply
+from sandbox.errors import WireError
+from sandbox.results import Mechanism, Status, printable
+from sandbox.unpickle import safe_loads
+
+#: What a worker that could not reply says by its exit code, as long as the job itself had not begun.
+_OURS = {
+    EXIT_UNCONFINED: "a required confinement is unavailable",
+    EXIT_BAD_REQUEST: "the child refused the request",
+    EXIT_NO_PARENT: "the child could not send its reply",
+}
+
+
+@dataclass
+class Evidence:
+    """What the monitor has seen of one job."""
+
+    cause: tuple[Status, str] | None = None
+    """The first breach that the monitor recorded."""
+    started: bool = False
+    """The worker has checked its spec and confined itself: what follows is the job's doing."""
+    reply: Reply | None = None
+    payload: bytes = b""
+    truncated: bool = False
+    """The reply ended in the middle of a frame."""
+    exited: Exited | None = None
+    mechanisms: dict[str, Mechanism] = field(default_factory=dict)
+    last_words: str = ""
+    """The tail of stdout and stderr."""
+
+
+def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status, str, object]:
+    """Status, one line why, and value. The first cause recorded wins; a complete good reply is a cause, too.
+
+    A child may say of itself that it is well or that the compiler raised. It may blame the sandbox only if it ends
+    cleanly: a graph that crashes its compiler must not get at the ladder of our own failures, which may end with a
+    compile in the serving process.
+
+    Args:
+        allowed: classes, as `module:name`, that the value may hold besides plain data.
+    """
+    if seen.cause is not None:
+        return *seen.cause, None
+    if seen.reply is not None and seen.reply.status is Status.OK:
+        try:
+            return Status.OK, "", safe_loads(seen.payload, allowed)
+        except WireError as error:
+            return Status.PROTOCOL_ERROR, str(error), None
+    exited = seen.exited
+    if exited is None:
+        return Status.SANDBOX_ERROR, "the keeper did not report", None
+    if exited.refused:
+        return Status.SANDBOX_ERROR, printable(exited.refused), None
+    if exited.signal is not None:
+        return *_by_signal(exited.signal), None
+    if seen.reply is not None:
+        return seen.reply.status, printable(seen.reply.detail), None
+    if seen.truncated:
+        return Status.PROTOCOL_ERROR, "the reply is truncated", None
+    if exited.exit_code == EXIT_MEMORY:
+        return Status.MEMORY_LIMIT, "an allocation failed under limits.memory_bytes", None
+    if exited.exit_code in _OURS and not seen.started:
+        lines = seen.last_words.strip().splitlines()
+        return Status.SANDBOX_ERROR, f"{_OURS[exited.exit_code]}: {printable(lines[-1]) if lines else 'no word'}", None
+    return Status.CRASHED, f"the child exited with {exited.exit_code} without a reply", None
+
+
+def _by_signal(number: int) -> tuple[Status, str]:
+    name = signal_name(number)
+    if number == signal.SIGXCPU:
+        return Status.CPU_LIMIT, f"died of {name}: RLIMIT_CPU behind limits.cpu_seconds"
+    if number == signal.SIGXFSZ:
+        return Status.OUTPUT_LIMIT, f"died of {name}: RLIMIT_FSIZE behind limits.disk_bytes"
+    hint = " (nobody of ours sent it; perhaps the kernel's out-of-memory killer)" if number == signal.SIGKILL else ""
+    return Status.CRASHED, f"the child died of {name}{hint}"
+
+
+def signal_name(number: int) -> str:
+    """`SIGSEGV` for 11; `signal 40` for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
