@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sandbox import template
+from sandbox import child, template
 from sandbox.inductor import compat, compile, failures, payload, reply
 
 
@@ -124,7 +124,7 @@ def _serve(folder: str, data: bytes, fd: int) -> None:
         try:
             answer = ("ok", compile.run(data, {}, 2))
         except BaseException as error:
-            answer = ("failed", failures.failure_of(error))
+            answer = ("failed", child._failure(error))
         _write(fd, pickle.dumps(answer))
     finally:
         os._exit(0)

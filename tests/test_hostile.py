@@ -251,7 +251,8 @@ def test_a_scratch_folder_that_the_job_has_replaced(light: sandbox.Sandbox, tmp_
         ('f = frame({"kind": "reply", "job_id": job_id, "status": "ok"}, b"\\x80\\x05N."); os.write(s, f + f)',
          Status.PROTOCOL_ERROR),
         ('os.write(s, struct.pack("!4sIQ32s", b"SBX1", 10, 1 << 50, b"")); time.sleep(9)', Status.OUTPUT_LIMIT),
-        ("import threading; threading.stack_size(65536)\nwhile True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+        ("import threading; threading.stack_size(65536)\n"
+         "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
          Status.VIOLATION),
     ],
 )  # fmt: skip

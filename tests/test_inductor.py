@@ -318,7 +318,13 @@ def test_a_cache_hit_starts_no_child_and_the_next_process_finds_the_kernels(
             close(torch.compile(function)(x), function(x))
     assert counted("children_started") == 1
     program = """
-        import subprocess, torch, sandbox
+        import subprocess, sys, torch, sandbox
+        started = []
+        class Popen(subprocess.Popen):
+            def __init__(self, args, *rest, **kwargs):
+                started.append(args if isinstance(args, str) else args[0])
+                super().__init__(args, *rest, **kwargs)
+        subprocess.Popen = Popen
         sandbox.install()
         torch._inductor.config.fallback_random = True  # as in the process before: it is part of the key
         def function(x):
@@ -326,6 +332,7 @@ def test_a_cache_hit_starts_no_child_and_the_next_process_finds_the_kernels(
         x = torch.ones(7, 7)
         assert torch.allclose(torch.compile(function)(x), function(x))
         print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"], sandbox.stats().children_started)
+        assert set(started) <= {sys.executable}, f"a compiler ran in the serving process: {started}"
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=200, check=False

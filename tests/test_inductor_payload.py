@@ -17,8 +17,10 @@ import torch.nn.functional as F  # noqa: E402
 from inductor_harness import Template  # noqa: E402
 from torch import nn  # noqa: E402
 
+from sandbox import child  # noqa: E402
 from sandbox.errors import IncompatibleTorchError, UnserializableError, WireError  # noqa: E402
 from sandbox.inductor import compat, expressions, failures, kernels, payload, pickling, reply, sidetable  # noqa: E402
+from sandbox.inductor.budget import Budget  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
@@ -275,7 +277,7 @@ def test_a_malformed_reply_is_a_wire_error_and_nothing_else(template: Template) 
 )  # fmt: skip
 def test_a_malformed_expression_is_a_wire_error(tree: Any) -> None:
     with pytest.raises(WireError):
-        expressions.decode(tree, {})
+        expressions.decode(tree, {}, Budget())
 
 
 @pytest.mark.parametrize(
@@ -283,15 +285,15 @@ def test_a_malformed_expression_is_a_wire_error(tree: Any) -> None:
 )
 def test_a_stride_that_is_not_arithmetic_is_a_wire_error(text: str) -> None:
     with pytest.raises(WireError):
-        expressions.check_stride(text, frozenset({"s0"}))
-    assert expressions.check_stride("s0*max(1, s0 // 2)", frozenset({"s0"}))
+        expressions.check_stride(text, frozenset({"s0"}), Budget())
+    assert expressions.check_stride("s0*max(1, s0 // 2)", frozenset({"s0"}), Budget())
 
 
 def test_an_error_of_the_compiler_is_raised_as_its_own_class() -> None:
     from torch._inductor.exc import LoweringException
 
     original = LoweringException(ValueError("no"), "aten.foo", (), {})
-    failure = failures.failure_of(original)
+    failure = child._failure(original)
     assert json.loads(failure.model_dump_json())
     error = failures.rebuild_exception(failure)
     assert isinstance(error, LoweringException)
@@ -388,3 +390,69 @@ def test_pickle_of_a_cond_keeps_the_forward_of_its_branches(template: Template) 
     assert len(nested) == 3
     assert all(type(module) is not torch.fx.GraphModule and "forward" in vars(type(module)) for module in nested)
     assert "forward" not in vars(torch.fx.GraphModule)
+
+
+def test_a_graph_with_user_triton_kernels_for_a_gpu_is_whole_in_the_child(tmp_path: Any, monkeypatch: Any) -> None:
+    """Traced with fake CUDA tensors, so no GPU is needed: graph, launches and kernels, as the child gets them."""
+    triton = pytest.importorskip("triton")
+    import triton_kernels_for_tests as own
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+
+    def function(x: Any, out: Any) -> Any:
+        torch.library.wrap_triton(own.annotated)[(2,)](x, out, 64, BLOCK=32, EVEN=True)
+        torch.library.wrap_triton(own.autotuned)[lambda meta: (triton.cdiv(64, meta["BLOCK"]),)](x, out, 64)
+        return out + 1
+
+    table = compat.kernel_side_table
+    table.reset_table()
+    fake_mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
+    with fake_mode:
+        inputs = [torch.empty(64, device="cuda"), torch.empty(64, device="cuda")]
+        gm = compat.make_fx(function, {}, "fake")(*inputs)
+    nodes = [node for node in gm.graph.nodes if node.target is compat.triton_kernel_wrapper_mutation]
+    kernels_before = [table.get_kernel(node.kwargs["kernel_idx"]) for node in nodes]
+    constants_before = [table.get_constant_args(node.kwargs["constant_args_idx"]) for node in nodes]
+    assert kernels_before == [own.annotated, own.autotuned]
+    with compat.tracing(compat.TracingContext(fake_mode)):
+        data = payload.encode(gm, inputs, [], {"cudagraphs": compat.BoxedBool(False), "is_inference": True})
+    table.reset_table()
+    request = payload.decode(data)
+    with request.contexts():
+        loaded = request.load()
+    again = [node for node in loaded.gm.graph.nodes if node.target is compat.triton_kernel_wrapper_mutation]
+    assert [str(node.meta["val"].device) for node in loaded.gm.graph.nodes if node.op == "placeholder"] == [
+        "cuda:0"
+    ] * 2
+    assert [(n.kwargs["grid"], n.kwargs["kernel_idx"], n.kwargs["tma_descriptor_metadata"]) for n in again] == [
+        (n.kwargs["grid"], n.kwargs["kernel_idx"], n.kwargs["tma_descriptor_metadata"]) for n in nodes
+    ]
+    assert [str(node.kwargs["kwargs"]) for node in again] == [str(node.kwargs["kwargs"]) for node in nodes]
+    rebuilt = [table.get_kernel(node.kwargs["kernel_idx"]) for node in again]
+    assert [table.get_constant_args(node.kwargs["constant_args_idx"]) for node in again] == constants_before
+    assert [vars(config) for config in rebuilt[1].configs] == [vars(config) for config in own.autotuned.configs]
+    assert rebuilt[1].keys == own.autotuned.keys and rebuilt[1].arg_names == own.autotuned.arg_names
+    for new, old in ((rebuilt[0], own.annotated), (rebuilt[1].fn, own.autotuned.fn)):
+        assert new is not old and new.src == old.src and new.__name__ == old.__name__
+        assert new.signature == old.signature and new.arg_names == old.arg_names
+        for one, two in zip(new.params, old.params, strict=True):
+            for name in (
+                "num", "name", "annotation", "annotation_type", "is_constexpr", "is_const", "default", "has_default",
+                "do_not_specialize", "do_not_specialize_on_alignment",
+            ):  # fmt: skip
+                assert getattr(one, name) == getattr(two, name), (one.name, name)
+        assert (new.noinline, new.debug, new.do_not_specialize) == (old.noinline, old.debug, old.do_not_specialize)
+        asm = []
+        for kernel in (new, old):
+            known = {"BLOCK": 32, **({"EVEN": True} if "EVEN" in kernel.arg_names else {})}
+            types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32", "scale": "fp32"}
+            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+            source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in known.items()})
+            asm.append(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttgir"])
+        assert [line.split(" loc(")[0] for line in asm[0].splitlines() if not line.startswith("#loc")] == [
+            line.split(" loc(")[0] for line in asm[1].splitlines() if not line.startswith("#loc")
+        ]
+    table.reset_table()

@@ -44,10 +44,10 @@ LAYERS = """
     executor
 
     triton inductor
-    triton.kernel inductor.compat
-    inductor.counting inductor.eager inductor.expressions inductor.failures inductor.kernels inductor.logs
+    triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
+    inductor.counting inductor.eager inductor.expressions inductor.identity inductor.kernels inductor.logs
     inductor.tensors
-    inductor.pickling
+    inductor.pickling inductor.outputcode
     inductor.sidetable
     inductor.payload inductor.reply
     inductor.compile              # the child's side

@@ -79,6 +79,7 @@ def worker(mode: str, small: bool) -> dict[str, Any]:
             raise RuntimeError("not installed")
         scheme.sandbox.wait_ready()
         report["forkserver_seconds"] = time.monotonic() - started
+        print(f"{mode}: forkserver ready in {report['forkserver_seconds']:.1f} s", file=sys.stderr, flush=True)
     for name, (module, inputs) in models(small).items():
         for train in (False, True):
             torch._dynamo.reset()
@@ -89,7 +90,9 @@ def worker(mode: str, small: bool) -> dict[str, Any]:
             got = step(compiled, inputs, train)
             torch.cuda.synchronize()
             seconds = time.monotonic() - started
-            report["rows"].append({"model": name, "train": train, "seconds": seconds, "difference": equal(got, want)})
+            row = {"model": name, "train": train, "seconds": seconds, "difference": equal(got, want)}
+            report["rows"].append(row)
+            print(f"{mode}: {row}", file=sys.stderr, flush=True)
     if mode == "sandbox":
         import sandbox
 
@@ -99,6 +102,19 @@ def worker(mode: str, small: bool) -> dict[str, Any]:
         report["gpu_memory_by_process"] = smi()
         sandbox.uninstall()
     return report
+
+
+def start(mode: str, small: bool, folder: Path) -> subprocess.Popen[str]:
+    """A fresh process with empty caches."""
+    (folder / mode).mkdir()
+    environment = {
+        **os.environ,
+        "TMPDIR": str(folder / mode),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / mode / "cache"),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    command = [sys.executable, __file__, "--worker", mode] + (["--small"] if small else [])
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def smi() -> str:
@@ -115,29 +131,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--small", action="store_true", help="two layers instead of twelve")
+    parser.add_argument("--together", action="store_true", help="run both modes at the same time: quicker, less exact")
     parser.add_argument("--worker", choices=["normal", "sandbox"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print("REPORT " + json.dumps(worker(arguments.worker, arguments.small)))
         return 0
     before = sorted(os.listdir("/dev/shm"))
-    reports = {}
-    for mode in ("normal", "sandbox"):
-        with tempfile.TemporaryDirectory() as folder:
-            environment = {
-                **os.environ,
-                "TMPDIR": folder,
-                "TORCHINDUCTOR_CACHE_DIR": folder + "/cache",
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            }
-            command = [sys.executable, __file__, "--worker", mode] + (["--small"] if arguments.small else [])
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-            if done.returncode or not lines:
-                print(done.stdout)
-                print(f"{mode}: the process ended with {done.returncode}")
-                return 1
-            reports[mode] = json.loads(lines[-1][len("REPORT ") :])
+    reports: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        modes = ("normal", "sandbox")
+        groups = [modes] if arguments.together else [(mode,) for mode in modes]
+        for group in groups:
+            running = {mode: start(mode, arguments.small, Path(folder)) for mode in group}
+            for mode, process in running.items():
+                output = process.communicate()[0]
+                lines = [line for line in output.splitlines() if line.startswith("REPORT ")]
+                if process.returncode or not lines:
+                    print(f"{output}\n{mode}: the process ended with {process.returncode}")
+                    return 1
+                reports[mode] = json.loads(lines[-1][len("REPORT ") :])
     after = sorted(os.listdir("/dev/shm"))
     mine = reports["sandbox"]
     stats = mine["stats"]
@@ -157,9 +170,8 @@ def main() -> int:
     for one, two in zip(reports["normal"]["rows"], mine["rows"], strict=True):
         ratio = two["seconds"] / one["seconds"]
         kind = "training" if one["train"] else "inference"
-        print(
-            f"{one['model']:6} {kind:10} {one['seconds']:9.2f} {two['seconds']:10.2f} {ratio:6.2f} {two['difference']:11.1e}"
-        )
+        times = f"{one['seconds']:9.2f} {two['seconds']:10.2f} {ratio:6.2f}"
+        print(f"{one['model']:6} {kind:10} {times} {two['difference']:11.1e}")
     print(f"graphs {stats['graphs']}, in children {stats['in_child']}, outcomes {stats['outcomes']}")
     print(f"enforcement {stats['enforcement']}")
     print(f"GPU memory by process after the compiles: {mine['gpu_memory_by_process']}")

@@ -31,7 +31,7 @@ def sandbox(
     """
     settings = dict(options or {})
     policy = settings.pop("policy", "default")
-    scheme = scheme_for(policy, settings.pop("sandbox_mode", "subprocess"))
+    scheme = scheme_for(policy, settings.pop("sandbox_mode", "subprocess"), backend=True)
     if mode and mode != "default":
         known = torch._inductor.list_mode_options()
         if mode not in known:

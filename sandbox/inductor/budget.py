@@ -22,7 +22,7 @@ MAX_EXPRESSION_NODES: Final = 50_000  # of all guards together
 #: Summands that all guards together have once sympy has expanded them, a count.
 MAX_TERMS: Final = 50_000
 MAX_PLACEHOLDERS: Final = 100_000
-#: Time that the parent spends on a reply's guards, in seconds.
+#: Time that the parent spends on reading a reply, and again on adding its guards, in seconds.
 MAX_SECONDS: Final = 60.0
 
 
@@ -38,6 +38,10 @@ class Budget:
             "terms": MAX_TERMS,
             "placeholders": MAX_PLACEHOLDERS,
         }
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew: what lies between two parts of the decoding is not the reply's fault."""
         self._end = time.monotonic() + MAX_SECONDS
 
     def spend(self, what: str, amount: int = 1) -> None:

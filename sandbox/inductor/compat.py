@@ -233,14 +233,14 @@ _pool_lock = threading.Lock()
 _warm_pool: Callable[[], None] | None = None
 
 
-def disable_worker_pool() -> None:
-    """Keep Dynamo's Inductor backend from starting Inductor's own worker processes. Idempotent."""
+def disable_worker_pool(when: Callable[[], bool] = lambda: True) -> None:
+    """Keep Dynamo's Inductor backend from starting Inductor's own worker processes, while ``when()``. Idempotent."""
     global _warm_pool
     module: Any = importlib.import_module("torch._inductor.async_compile")
     with _pool_lock:
         if _warm_pool is None:
-            _warm_pool = module.maybe_warm_pool
-            module.maybe_warm_pool = lambda: None
+            original = _warm_pool = module.maybe_warm_pool
+            module.maybe_warm_pool = lambda: None if when() else original()
 
 
 def enable_worker_pool() -> None:

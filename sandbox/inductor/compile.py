@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 from sandbox.errors import UnserializableError
-from sandbox.inductor import compat, counting, kernels, logs, payload, reply
+from sandbox.inductor import compat, counting, devices, kernels, logs, payload, reply
 
 
-def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> dict[str, Any]:
+def run(
+    data: bytes, config_overrides: dict[str, Any], kernel_threads: int, debug_root: str | None = None
+) -> dict[str, Any]:
     """Compile the graph of a payload and return the reply: plain builtin data only.
 
     The caller has set `TORCHINDUCTOR_CACHE_DIR` and `TRITON_CACHE_DIR` to a folder of this job alone.
@@ -27,6 +30,7 @@ def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> d
         data: what :func:`sandbox.inductor.payload.encode` made.
         config_overrides: Inductor settings by dotted name that replace the caller's.
         kernel_threads: C++ kernels of this graph that are built side by side, a count.
+        debug_root: folder for the files of TORCH_COMPILE_DEBUG. None: the one that the payload names.
 
     Raises:
         UnserializableError: when the graph cannot be rebuilt here or its result cannot be sent.
@@ -40,9 +44,10 @@ def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> d
         stack.enter_context(request.contexts())
         stack.enter_context(_threads(kernel_threads))
         stack.enter_context(compat.inductor_config.patch(_settings(config_overrides, kernel_threads)))
-        # With TORCH_COMPILE_DEBUG, Inductor writes below the current folder, which is not the job's.
-        debug = os.path.join(compat.runtime_cache_dir(), "torch_compile_debug")
-        stack.enter_context(compat.dynamo_config.patch(debug_dir_root=debug))
+        # Inductor's own default lies below the current folder.
+        root = debug_root or request.settings["debug_root"]
+        stack.enter_context(compat.dynamo_config.patch(debug_dir_root=root))
+        stack.enter_context(compat.inductor_config.patch({"trace.debug_dir": None}))
         captured = stack.enter_context(logs.captured(request.settings["loggers"]))
         loaded = request.load()
         stack.enter_context(compat.tracing(loaded.tracing))
@@ -63,7 +68,7 @@ def run(data: bytes, config_overrides: dict[str, Any], kernel_threads: int) -> d
         value = reply.encode_graph(code, loaded.fake_mode.shape_env, constants, symbols)
         value["kernels"] = dict(built)
         value["counts"] = counted.deltas()
-    value["logs"] = captured.records
+    value["logs"] = captured.told_of(root, request.settings["debug_root"])
     value["logs_left_out"] = captured.left_out
     value["warnings"] = logs.warnings_data(caught)
     return value
@@ -138,9 +143,12 @@ def warm_up() -> None:
     try:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "inductor")
         os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
-        compat.check()
-        for data in _samples():
-            run(data, {}, min(len(os.sched_getaffinity(0)), 8))
+        if devices.present():
+            # Lowering asks CUDA here and there, even with the GPUs hidden, and what has asked cannot be forked.
+            _warm_compiler()
+        else:
+            for data in _samples():
+                run(data, {}, min(len(os.sched_getaffinity(0)), 8))
         counting.reset()
     finally:
         for name, value in before.items():
@@ -166,6 +174,18 @@ def _forget_kernels() -> None:
     compat.codecache.PyCodeCache.cache_clear()
     for name in ("CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache"):
         getattr(compat.codecache, name).cache_clear()
+
+
+def _warm_compiler() -> None:
+    """Build one C++ kernel: the vector-ISA probe and the precompiled header are what costs most by far."""
+    source = """
+        #include <torch/csrc/inductor/cpp_prefix.h>
+        extern "C" void kernel(const float* in_ptr0, float* out_ptr0) { out_ptr0[0] = in_ptr0[0]; }
+    """
+    with _private_folders(), _threads(1), compat.inductor_config.patch(_settings({}, 1)):
+        os.makedirs(compat.runtime_cache_dir(), exist_ok=True)
+        built = compat.AsyncCompile().cpp_pybinding(["const float*", "float*"], textwrap.dedent(source))
+        getattr(built, "result", lambda: None)()
 
 
 def _samples() -> list[bytes]:

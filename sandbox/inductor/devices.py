@@ -9,6 +9,7 @@ is forgotten here.
 from __future__ import annotations
 
 import functools
+import glob
 import sys
 from typing import Any, Final
 
@@ -28,6 +29,11 @@ _MODULES: Final = (
     "torch._inductor.template_heuristics.triton",
 )
 _CACHE: Final = type(functools.lru_cache(lambda: None))
+
+
+def present() -> bool:
+    """Whether this host has an NVIDIA GPU that this PyTorch could use. Asks no driver."""
+    return torch.version.cuda is not None and bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def show() -> None:

@@ -27,7 +27,7 @@ _TORCH: Final = (
     "OpaqueUnaryFn_cos", "OpaqueUnaryFn_tan", "OpaqueUnaryFn_tanh", "OpaqueUnaryFn_sinh", "OpaqueUnaryFn_cosh",
     "OpaqueUnaryFn_asin", "OpaqueUnaryFn_acos", "OpaqueUnaryFn_atan",
 )  # fmt: skip
-_MAX_DEPTH: Final = 200
+_MAX_DEPTH: Final = 100
 _MAX_ARGUMENTS: Final = 64
 #: sympy compares the arguments of these with one another.
 _MAX_COMPARED: Final = 16
@@ -35,6 +35,12 @@ _COMPARED: Final = frozenset({"sympy.Max", "sympy.Min", "torch.Max", "torch.Min"
 _POWERS: Final = frozenset({"sympy.Pow", "torch.PowByNatural", "torch.FloatPow"})
 #: Their second argument is a number of digits.
 _SHIFTS: Final = frozenset({"torch.LShift", "torch.RShift", "torch.RoundDecimal"})
+#: sympy looks for common factors of the summands of these, again at each level: how many summands there may be.
+_DIVISIONS: Final = {
+    **dict.fromkeys(("torch.FloorDiv", "torch.CleanDiv", "torch.CeilDiv", "torch.ModularIndexing"), 64),
+    **dict.fromkeys(("torch.PythonMod", "torch.Mod", "sympy.Mod"), 16),
+}
+_MAX_DIVISIONS: Final = 16  # levels
 _MAX_EXPONENT: Final = 16
 #: Degree of an expression as a polynomial: with sizes of 64 bits its value has 64 times as many bits at most.
 _MAX_DEGREE: Final = 64
@@ -79,9 +85,11 @@ class _Size(NamedTuple):
 
     degree: int
     terms: int
+    divisions: int
+    """Levels of division within one another."""
 
 
-_ATOM: Final = _Size(1, 1)
+_ATOM: Final = _Size(1, 1, 0)
 
 
 def decode(data: Any, symbols: dict[str, sympy.Symbol], budget: Budget) -> Any:
@@ -114,7 +122,7 @@ def decode(data: Any, symbols: dict[str, sympy.Symbol], budget: Budget) -> Any:
                     raise WireError(f"{name} with {len(arguments)} arguments")
                 made = [build(argument, depth + 1) for argument in arguments]
                 size = _size(name, made)
-                if size.degree > _MAX_DEGREE or size.terms > _MAX_TERMS:
+                if size.degree > _MAX_DEGREE or size.terms > _MAX_TERMS or size.divisions > _MAX_DIVISIONS:
                     raise WireError(f"{name} of the reply is too large")
                 return functions[name](*(item for item, _ in made)), size
             case _:
@@ -133,6 +141,7 @@ def decode(data: Any, symbols: dict[str, sympy.Symbol], budget: Budget) -> Any:
 def _size(name: str, arguments: list[tuple[Any, _Size]]) -> _Size:
     """An upper bound, before sympy computes anything."""
     sizes = [size for _, size in arguments]
+    degree, terms, divisions = (max((size[n] for size in sizes), default=0) for n in range(3))
     if name in _POWERS or name in _SHIFTS:
         if len(arguments) != 2 or not arguments[1][0].is_number:
             # No guard of Inductor raises to a power, or shifts by, what is not known.
@@ -141,18 +150,22 @@ def _size(name: str, arguments: list[tuple[Any, _Size]]) -> _Size:
         if not exponent <= (_MAX_EXPONENT if name in _POWERS else MAX_BITS):
             raise WireError(f"{name} with a constant that is too large")
         if name in _SHIFTS:
-            return _Size(sizes[0].degree + 4, sizes[0].terms)
+            return _Size(degree + 4, terms, divisions)
         whole = max(1, int(exponent))
         # The terms are bounded before the power is taken: 1000 ** 16 has only 160 bits.
-        return _Size(sizes[0].degree * whole, int(sizes[0].terms ** whole))
+        return _Size(degree * whole, int(terms**whole), divisions)
     if name == "sympy.Mul":
-        terms = 1
+        product = 1
         for size in sizes:
-            terms = min(terms * size.terms, _MAX_TERMS + 1)
-        return _Size(sum(size.degree for size in sizes), terms)
+            product = min(product * size.terms, _MAX_TERMS + 1)
+        return _Size(sum(size.degree for size in sizes), product, divisions)
     if name == "sympy.Add":
-        return _Size(max((size.degree for size in sizes), default=1), sum(size.terms for size in sizes))
-    return _Size(max((size.degree for size in sizes), default=1), max((size.terms for size in sizes), default=1))
+        return _Size(degree, sum(size.terms for size in sizes), divisions)
+    if name in _DIVISIONS:
+        if terms > _DIVISIONS[name]:
+            raise WireError(f"{name} of too many summands")
+        divisions += 1
+    return _Size(degree, terms, divisions)
 
 
 def check_stride(text: Any, symbols: frozenset[str], budget: Budget) -> str:
@@ -186,7 +199,7 @@ _OPERATORS: Final = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Div, ast.Mod)
 
 
 def _degree(node: ast.expr, symbols: frozenset[str]) -> int:
-    """How many times 64 bits the value can have at most, as :data:`_MAX_DEGREE`; WireError for what is no arithmetic."""
+    """How many times 64 bits the value can have at most, see :data:`_MAX_DEGREE`. WireError if it is no arithmetic."""
     match node:
         case ast.Constant(value=int() | float() as value):
             if isinstance(value, int) and value.bit_length() > MAX_BITS:

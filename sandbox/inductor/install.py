@@ -14,12 +14,15 @@ from sandbox.errors import SandboxError
 from sandbox.inductor import compat, kernels
 from sandbox.inductor.eager import eager_class
 from sandbox.inductor.scheme import Mode, Scheme, check_mode
+from sandbox.inductor.totals import total
 from sandbox.policy import Policy, load
 from sandbox.report import Stats
 
 _lock = threading.RLock()
 _installed: Scheme | None = None
 _schemes: dict[tuple[str, str, int], Scheme] = {}
+#: Keys of the schemes that a backend made: graphs that it compiled may still have a backward pass to compile.
+_of_backends: set[tuple[str, str, int]] = set()
 _original: compat.Compile | None = None
 _original_save: Any = None
 #: The scheme of the graph being compiled, when a backend names one; it wins over the installed one.
@@ -30,7 +33,7 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
     """Compile every Inductor graph of this process in the sandbox from now on.
 
     The forkserver starts in the background: its warm-up overlaps with what the caller does next. A second call
-    replaces policy and mode.
+    replaces policy and mode: the forkserver of the first ends, and its counts go, unless a backend made it.
 
     Args:
         policy: a shipped name, a path to a TOML file, or a Policy.
@@ -44,7 +47,11 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
     global _installed
     scheme = scheme_for(policy, mode)
     with _lock:
-        _installed = scheme
+        replaced, _installed = _installed, scheme
+        if replaced is None or replaced is scheme or _key(replaced) in _of_backends:
+            return
+        _schemes.pop(_key(replaced), None)
+    replaced.close()
 
 
 def uninstall() -> None:
@@ -53,6 +60,7 @@ def uninstall() -> None:
     with _lock:
         schemes = list(_schemes.values())
         _schemes.clear()
+        _of_backends.clear()
         _installed = None
         if _original is not None:
             compat.replace_compile(_original)
@@ -65,9 +73,10 @@ def uninstall() -> None:
 
 
 def stats() -> Stats:
-    """Counts since :func:`install`. Without an installed sandbox: all zero."""
-    scheme = _installed
-    return scheme.sandbox.stats() if scheme is not None else Stats()
+    """Counts of this process: of the installed sandbox and of those that the backend `sandbox` made; else zero."""
+    with _lock:
+        schemes = [scheme for key, scheme in _schemes.items() if key[2] == os.getpid()]
+    return total([scheme.sandbox.stats() for scheme in schemes])
 
 
 def installed() -> Scheme | None:
@@ -75,8 +84,16 @@ def installed() -> Scheme | None:
     return _installed
 
 
-def scheme_for(policy: str | Path | Policy, mode: str) -> Scheme:
+def _key(scheme: Scheme) -> tuple[str, str, int]:
+    return scheme.policy.model_dump_json(), scheme.mode, os.getpid()
+
+
+def scheme_for(policy: str | Path | Policy, mode: str, *, backend: bool = False) -> Scheme:
     """The scheme of this policy and mode, started if it is new; hooks Inductor if that is not done yet.
+
+    Args:
+        policy, mode: as of :func:`install`.
+        backend: a backend asks, so a later :func:`install` must not close it.
 
     Raises:
         PolicyError, IncompatibleTorchError: as :func:`install`.
@@ -85,9 +102,11 @@ def scheme_for(policy: str | Path | Policy, mode: str) -> Scheme:
     key = (loaded.model_dump_json(), checked, os.getpid())
     with _lock:
         scheme = _schemes.get(key)
-        if scheme is None:
+        if scheme is None or scheme.closed:
             compat.check()
             scheme = _schemes[key] = Scheme(loaded, checked)
+            if backend:
+                _of_backends.add(key)
             if checked == "subprocess":
                 scheme.sandbox.start()
         _hook()
@@ -108,7 +127,9 @@ def _hook() -> None:
     if _original is None:
         _original = compat.replace_compile(_dispatch)
         _original_save = compat.replace_save_graph(_save_graph)
-        compat.disable_worker_pool()
+        kernels.install_loader()
+        # A process that only uses the backend keeps Inductor's own workers for its other compiles.
+        compat.disable_worker_pool(lambda: _installed is not None or _current.get() is not None)
 
 
 def _dispatch(
@@ -122,8 +143,9 @@ def _dispatch(
     scheme = _current.get() or _installed
     if scheme is None:
         return compat.compile_in_process(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
-    if scheme.sandbox.foreign:
-        # The host has forked: this process needs a forkserver of its own.
+    if scheme.sandbox.foreign or scheme.closed:
+        # The host has forked and needs a forkserver of its own; or the scheme was closed before this graph, the
+        # backward pass of one that it compiled, was needed.
         scheme = scheme_for(scheme.policy, scheme.mode)
     return scheme.compile(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from sandbox.inductor import compat, devices
 from sandbox.inductor import compile as child_side
-from sandbox.inductor import devices
 from sandbox.jobs import FxGraphSpec
 
 
@@ -15,4 +16,6 @@ def prepare(spec: FxGraphSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
     settings in the payload must be in force while its graph is rebuilt."""
     if spec.gpu:
         devices.show()
-    return lambda: child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads)
+    # Beside Inductor's cache folder, among the files that are handed back.
+    debug = os.path.join(os.path.dirname(compat.runtime_cache_dir()), "debug")
+    return lambda: child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug)

@@ -13,9 +13,13 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from sandbox.errors import WireError
 from sandbox.inductor import compat
@@ -112,11 +116,66 @@ def install_loader() -> None:
         owner.load_async = classmethod(load_async)
         pools.use_process_pool = classmethod(use_process_pool)
 
+        graphs = compat.CompiledFxGraph
+        deserialize = graphs.__dict__["after_deserialization"]
+
+        def after_deserialization(self: Any, constants: Any) -> Any:
+            """Inductor's, for a graph from its cache as well as for one from a child."""
+            if getattr(_local, "table", None) is not None or (table := remembered(self.cache_key)) is None:
+                return deserialize(self, constants)
+            with loading(table):
+                return deserialize(self, constants)
+
+        graphs.after_deserialization = after_deserialization
+
         def remove() -> None:
             owner.load_async = before
             pools.use_process_pool = use_pool
+            graphs.after_deserialization = deserialize
 
         _installed.append(remove)
+
+
+# What a later process finds --------------------------------------------------------------------------------------
+
+
+def remember(cache_key: str, table: dict[str, dict[str, str]]) -> None:
+    """Keep the table beside the graph's code in the user's cache, for a cache hit in a later process: that process
+    would otherwise probe the vector instructions and precompile a header itself, just to find files by their names.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    path = _beside(cache_key)
+    if not table or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="ascii") as file:
+            json.dump(table, file)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def remembered(cache_key: str) -> dict[str, dict[str, str]] | None:
+    """The table of :func:`remember`, if it is there and so is every library that it names."""
+    try:
+        table = check(json.loads(_beside(cache_key).read_bytes()))
+    except (OSError, ValueError, WireError):
+        return None  # Inductor's own way is as good, only slower
+    cache = compat.runtime_cache_dir()
+    return table if all(os.path.exists(os.path.join(cache, entry["path"])) for entry in table.values()) else None
+
+
+def _beside(cache_key: str) -> Path:
+    """The same code can be built with other flags: the settings that make them are part of the name."""
+    config = compat.inductor_config
+    flags = {name: repr(getattr(config, name, None)) for name in sorted(config._config) if name.startswith("cpp")}
+    digest = hashlib.sha256(json.dumps([torch.__version__, flags]).encode()).hexdigest()[:16]
+    return Path(compat.runtime_cache_dir()) / cache_key[1:3] / f"{cache_key}.{digest}.kernels.json"
 
 
 def remove_loader() -> None:

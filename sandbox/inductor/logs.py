@@ -27,9 +27,7 @@ _ROOT: Final = "torch"
 _NAME: Final = re.compile(r"^torch(\.\w{1,100}){0,20}$", re.ASCII)
 #: What makes a terminal do things, or hides text: control characters but newline and tab, marks of direction,
 #: halves of surrogate pairs (which no stream takes).
-_UNPRINTABLE: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_UNPRINTABLE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def _loggers() -> dict[str, logging.Logger]:
@@ -94,6 +92,14 @@ class _Capture(logging.Handler):
             self.left_out += 1
         else:
             self.records.append(entry)
+
+    def told_of(self, folder: str, final: str) -> list[dict[str, Any]]:
+        """The records, with ``final`` where messages name ``folder``: its files move there."""
+        if folder != final:
+            for record in self.records:
+                if folder in record["message"]:
+                    record["message"] = record["message"].replace(folder, final)
+        return self.records
 
 
 def _set_level(logger: logging.Logger, level: int) -> None:
@@ -192,6 +198,7 @@ def _told(data: Any, job_id: str) -> _Told:
         if logger is None:
             dropped += 1
         else:
+            record.name = logger.name  # formatters ask for the logger by it, which makes one
             told.records.append((logger, record))
     sources = _sources() if data["warnings"] else frozenset()
     for entry in data["warnings"]:
@@ -217,6 +224,8 @@ def _record(entry: Any, job_id: str) -> logging.LogRecord:
         record.msecs = created % 1 * 1000
     record.job_id = job_id
     trace = _field(entry, "trace", (dict, type(None)))
+    if (trace is not None) is not (name == compat.structured_trace.name):
+        raise WireError("a trace record is for the structured trace, and no other is")
     if trace is not None:
         payload, metadata = _field(trace, "payload", (str, type(None))), _field(trace, "metadata", str)
         try:

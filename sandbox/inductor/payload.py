@@ -22,7 +22,7 @@ from sandbox.inductor import compat, logs, pickling, sidetable
 _CONFIG_LEFT: Final = frozenset(
     {
         "compile_threads", "worker_start_method", "quiesce_async_compile_pool", "cudagraph_policy",
-        "trace.upload_tar", "aot_inductor.dump_aoti_minifier", "aot_inductor.repro_level",
+        "trace.upload_tar", "trace.debug_dir", "aot_inductor.dump_aoti_minifier", "aot_inductor.repro_level",
         "fx_graph_cache", "fx_graph_remote_cache", "bundled_autograd_cache", "fx_compile_mode",
     }
 )  # fmt: skip
@@ -129,9 +129,9 @@ def encode(
             str(op) for op, function in compat.lowering.lowerings.items() if hasattr(function, "_is_fallback_handler")
         ),
         "loggers": logs.levels(),
+        "debug_root": debug_root(),
         "compile_id": str(context.compile_id) if context is not None and context.compile_id is not None else None,
         "allow_non_fake_inputs": bool(fake_mode.allow_non_fake_inputs) if fake_mode is not None else False,
-        "save_output_code": compat.GraphLowering.save_output_code is not None,
         "path": [entry for entry in sys.path if entry],
     }
     graph = {
@@ -245,6 +245,11 @@ def _config(module: Any, left: frozenset[str]) -> dict[str, Any]:
             raise UnserializableError("config", f"{module.__name__}.{name}: {error}") from None
         found[name] = value
     return found
+
+
+def debug_root() -> str:
+    """Where this process keeps the files of TORCH_COMPILE_DEBUG."""
+    return str(compat.inductor_config.trace.debug_dir or compat.dynamo_config.debug_dir_root)
 
 
 def _setting(module: Any, name: str) -> Any:

@@ -33,7 +33,7 @@ def seeds(count: int, device: Any) -> torch.Tensor:
     """`prims.inductor_seeds`, drawn as compiled code draws them: the same generator gives the same seeds."""
     limits = torch.iinfo(torch.int64)
     out = torch.empty([count], dtype=torch.int64, device=device)
-    return torch.ops.aten.randint.low_out(limits.min, limits.max, [count], out=out)  # type: ignore[no-any-return]
+    return torch.ops.aten.randint.low_out(limits.min, limits.max, [count], out=out)
 
 
 def seed(device: Any) -> torch.Tensor:

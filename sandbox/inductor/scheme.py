@@ -8,7 +8,6 @@ graph ─▶ payload ─▶ job ─▶ child ─▶ reply ─▶ artifacts in th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -22,8 +21,7 @@ import torch
 from sandbox import fallback
 from sandbox.errors import CompileFailed, JobError, PolicyError, SandboxError, UnserializableError, WireError
 from sandbox.executor import Sandbox, usable_cores
-from sandbox.inductor import compat, failures, logs, payload, reply
-from sandbox.inductor.eager import eager_class
+from sandbox.inductor import compat, eager, failures, identity, kernels, logs, payload, reply
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
 from sandbox.policy import Policy, Step
 from sandbox.quarantine import Entry, Quarantine
@@ -57,6 +55,7 @@ class Scheme:
         self.mode = mode
         self.sandbox = Sandbox(policy)
         self.sandbox.recorder.mode = mode
+        self.closed = False
         self.quarantine = Quarantine()
         self._warned: set[str] = set()
         self._warned_lock = threading.Lock()
@@ -79,6 +78,7 @@ class Scheme:
 
     def close(self) -> None:
         """End the forkserver and cancel what runs."""
+        self.closed = True
         self.sandbox.close()
 
     def warn_once(self, reason: str, message: str) -> None:
@@ -117,9 +117,11 @@ class _Compile:
         self.last_job = ""  # the newest one that was killed
 
     def run(self) -> Any:
+        if eager.mixes(self.gm, self.graph_kwargs, uncompiled=False):
+            return self._eager()
         if self.scheme.mode == "normal":
             return self._in_process("mode_normal")
-        key = graph_digest(self.gm, self.example_inputs)
+        key = identity.graph_digest(self.gm, self.example_inputs)
         if (entry := self.scheme.quarantine.get(key)) is not None:
             return self._quarantined(entry)
         step: Step | fallback.ChildStep = "first"
@@ -128,7 +130,7 @@ class _Compile:
             if step == "in_process":
                 return self._in_process(_reason(result))
             if step == "eager":
-                return self._eager()
+                return self._eager(result)
             if step == "raise":
                 self.recorder.graph("raised")
                 raise self._exception(result)
@@ -174,7 +176,7 @@ class _Compile:
         detail = f"{self.name} is in quarantine: {entry.job_id} ended with {entry.status.value}"
         self.scheme.warn_once(entry.digest, f"{detail}; next: {step}")
         if step == "eager":
-            return self._eager()
+            return self._eager(self._no_child(entry.status, detail, entry.job_id))
         self.recorder.graph("raised")
         raise CompileFailed(entry.status.value, detail, entry.job_id)
 
@@ -184,7 +186,7 @@ class _Compile:
         if target != "cpu" and not self.policy.gpu:
             raise UnserializableError("gpu_not_granted", f"a graph for {target}, and the policy says gpu = false")
         overrides: dict[str, Scalar] = dict(self.policy.reduced) if step == "reduced" else {}
-        data = payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
+        data = self._encoded()
         sandbox = self.scheme.sandbox
         spec = FxGraphSpec(
             job_id=new_job_id(),
@@ -205,7 +207,13 @@ class _Compile:
             raise UnserializableError("payload_too_large", str(error)) from None
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data)
-        future = sandbox.submit(job, name=self.name, step=step, cache=cache_folders())
+        try:
+            future = sandbox.submit(job, name=self.name, step=step, cache=cache_folders())
+        except (SandboxError, OSError, RuntimeError) as error:
+            # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
+            self.recorder.swallowed(error)
+            detail = f"the job cannot be submitted: {type(error).__name__}: {error}"
+            return None, self._no_child(Status.SANDBOX_ERROR, detail, spec.job_id)
         result = self._wait(future, spec.job_id)
         if not result.ok:
             if result.leaks.leaks:
@@ -217,6 +225,15 @@ class _Compile:
             return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
         except OSError as error:
             return None, self._no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
+
+    def _encoded(self) -> bytes:
+        try:
+            return payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
+        except UnserializableError:
+            raise
+        except Exception as error:
+            # Settings, contexts and graphs of other people: what surprises us must not stop their compile.
+            raise UnserializableError("not_encodable", f"{type(error).__name__}: {error}") from error
 
     def _wait(self, future: Future[JobResult], job_id: str) -> JobResult:
         try:
@@ -230,7 +247,12 @@ class _Compile:
         output = reply.decode_graph(
             value, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
         )
-        logs.replay_logs(value, job_id)
+        try:
+            kernels.remember(output.cache_key, value["kernels"])
+        except OSError as error:
+            self.recorder.swallowed(error)  # a later process takes Inductor's own, slower way
+        if dropped := logs.replay_logs(value, job_id):
+            log.info("%s: %d records for loggers that are not torch's were dropped", job_id, dropped)
         return output
 
     def _serialized(self, spec: FxGraphSpec, data: bytes) -> tuple[Any, JobResult]:
@@ -250,9 +272,21 @@ class _Compile:
             self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
         )
 
-    def _eager(self) -> Any:
+    def _eager(self, result: JobResult | None = None) -> Any:
+        """The graph itself. ``result``: why it is not compiled; None where its forward pass was not, either."""
+        if eager.mixes(self.gm, self.graph_kwargs, uncompiled=True):
+            self.recorder.graph("raised")
+            status = result.status.value if result is not None else "eager"
+            raise CompileFailed(
+                status,
+                f"{self.name} recomputes random numbers on a GPU, its forward graph was compiled, and uncompiled it "
+                "would draw others and give wrong gradients; set torch._inductor.config.fallback_random = True or "
+                f"quarantine the forward graph too ({result.detail if result is not None else ''})",
+                result.job_id if result is not None else "",
+            )
         self.recorder.graph("eager")
-        return eager_class()(self.gm)
+        eager.note(self.graph_kwargs)
+        return eager.eager_class()(self.gm)
 
     def _no_child(self, status: Status, detail: str, job_id: str = "") -> JobResult:
         job_id = job_id or new_job_id()
@@ -278,17 +312,6 @@ def _reason(result: JobResult) -> str:
     return result.status.value
 
 
-def graph_digest(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
-    """What a graph is remembered by: SHA-256 over its code and the shapes, strides and types of its inputs."""
-    parts = [torch.__version__, str(gm.graph)]
-    for value in example_inputs:
-        if isinstance(value, torch.Tensor):
-            parts.append(f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}")
-        else:
-            parts.append(f"{type(value).__name__} {value}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def _target(example_inputs: Sequence[Any]) -> str:
     """What the graph is compiled for: `cpu`, or `cuda:CAPABILITY` of the first input on a GPU."""
     for value in example_inputs:
@@ -302,10 +325,14 @@ def _target(example_inputs: Sequence[Any]) -> str:
 
 def cache_folders() -> dict[str, Path]:
     """The user's cache folders now, by kind of artifact."""
-    inductor = Path(compat.runtime_cache_dir())
+    inductor, debug = Path(compat.runtime_cache_dir()), Path(payload.debug_root())
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     triton = os.environ.get("TRITON_CACHE_DIR")
-    return {"inductor": inductor, "triton": Path(triton) if triton else inductor / "triton" / str(device)}
+    return {
+        "inductor": inductor,
+        "triton": Path(triton) if triton else inductor / "triton" / str(device),
+        "debug": debug,
+    }
 
 
-__all__ = ["MODES", "Mode", "SandboxError", "Scheme", "check_mode"]
+__all__ = ["MODES", "Mode", "Scheme", "check_mode"]

@@ -11,9 +11,11 @@ from sandbox.errors import UnserializableError, WireError
 from sandbox.inductor import compat
 from sandbox.inductor.budget import shown
 
-#: Names of the dtypes that travel, as torch spells them without the module.
+#: Names of the dtypes that travel, as torch spells them without the module. A quantised tensor is more than bytes.
 DTYPES: Final[dict[str, torch.dtype]] = {
-    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+    name: value
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and not name.startswith(("qint", "quint"))
 }
 _NAMES: Final[dict[torch.dtype, str]] = {value: str(value).removeprefix("torch.") for value in DTYPES.values()}
 
