@@ -379,15 +379,16 @@ def _sample(watch: _Watch, ticks: int) -> None:
     usage = watch.meter.sample()
     watch.cpu_seconds = max(watch.cpu_seconds, usage.cpu_seconds)
     watch.peak_memory = max(watch.peak_memory, usage.memory_bytes)
-    if usage.memory_bytes > limits.memory_bytes:
+    # The more telling cause first: a fork bomb is over the memory limit, too.
+    if usage.processes > limits.processes:
+        watch.breach(Status.VIOLATION, f"{usage.processes} processes, limits.processes = {limits.processes}")
+    elif usage.threads > limits.threads:
+        watch.breach(Status.VIOLATION, f"{usage.threads} threads, limits.threads = {limits.threads}")
+    elif usage.memory_bytes > limits.memory_bytes:
         watch.breach(
             Status.MEMORY_LIMIT,
             f"{usage.memory_bytes} bytes of private memory, limits.memory_bytes = {limits.memory_bytes}",
         )
-    elif usage.processes > limits.processes:
-        watch.breach(Status.VIOLATION, f"{usage.processes} processes, limits.processes = {limits.processes}")
-    elif usage.threads > limits.threads:
-        watch.breach(Status.VIOLATION, f"{usage.threads} threads, limits.threads = {limits.threads}")
     elif usage.cpu_seconds > limits.cpu_seconds:
         watch.breach(
             Status.CPU_LIMIT, f"{usage.cpu_seconds:.1f} s of CPU time, limits.cpu_seconds = {limits.cpu_seconds:g}"

@@ -19,6 +19,11 @@ from sandbox.policy import ForkserverSettings, Policy
 HERE = Path(__file__).parent
 # The template imports `faultpoints` from here; it takes over this process's search path.
 sys.path.insert(0, str(HERE))
+#: A mark on the search path: it stands in the command line of every template that these tests or the hosts that they
+#: start bring to life, and of their forks. That is how `family` knows them.
+MARK = f"/nonexistent/sandbox-tests-{os.getpid()}"
+sys.path.append(MARK)
+os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{MARK}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ def held(pid: int | None = None) -> Held:
 
 
 def family(template: int | None) -> set[int]:
-    """Live processes anywhere on this host that were forked from the template: they have its command line."""
+    """Live processes anywhere on this host that were forked from a template of these tests: they have its command
+    line, which holds the search path and so the mark."""
     found = set()
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != template:
@@ -54,7 +60,7 @@ def family(template: int | None) -> set[int]:
                 state = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[0]
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if b"sandbox.template" in line and state != "Z":
+            if b"sandbox.template" in line and MARK.encode() in line and state != "Z":
                 found.add(int(name))
     return found
 

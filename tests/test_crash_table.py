@@ -14,7 +14,7 @@ from sandbox.results import JobResult, Status
 WALL = 1.5
 LIMITS = Limits(
     wall_seconds=WALL,
-    memory_bytes=256 * MIB,
+    memory_bytes=512 * MIB,
     processes=50,
     open_files=256,
     disk_bytes=64 * MIB,

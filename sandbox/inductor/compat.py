@@ -106,6 +106,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.codecache:CppCodeCache.load_async",
     "torch._inductor.codecache:CppCodeCache._load_library",
     "torch._inductor.codecache:write",
+    "torch._inductor.codecache:code_hash",
     "torch._inductor.codecache:_HEADER_DIR",
     "torch._inductor.codecache:_HEADER_LOCK_DIR",
     "torch._inductor.async_compile:AsyncCompile.use_process_pool",
@@ -119,6 +120,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
     "torch._inductor.graph:GraphLowering.save_output_code",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_expr",
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_symexpr",
 )
 
 

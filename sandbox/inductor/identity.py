@@ -11,11 +11,14 @@ import torch
 from sandbox.inductor import compat
 
 #: Settings that say nothing of the graph's code: folders, pools, caches, files for people.
-_LEFT: Final = (
-    "compile_threads", "worker_start_method", "quiesce_async_compile_pool", "worker_suppress_logging", "trace.",
-    "fx_graph_", "bundled_autograd_cache", "autotune_remote_cache", "autotune_local_cache", "fx_compile_mode",
-    "debug", "verbose_progress", "aot_inductor.output_path", "aot_inductor.debug",
+_LEFT: Final = frozenset(
+    {
+        "compile_threads", "worker_start_method", "quiesce_async_compile_pool", "worker_suppress_logging", "debug",
+        "fx_graph_cache", "fx_graph_remote_cache", "bundled_autograd_cache", "autotune_remote_cache",
+        "autotune_local_cache", "fx_compile_mode", "verbose_progress", "aot_inductor.output_path",
+    }
 )  # fmt: skip
+_LEFT_GROUP: Final = "trace."
 
 
 def graph_digest(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
@@ -38,7 +41,7 @@ def _settings(module: Any) -> list[str]:
     found = []
     for name, value in sorted(module._get_dict().items()):
         entry = module._config.get(name)
-        if name.startswith(_LEFT) or entry is None:
+        if name in _LEFT or name.startswith(_LEFT_GROUP) or entry is None:
             continue
         text = _text(value)
         if text != _text(entry.default):
