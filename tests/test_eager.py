@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -234,3 +236,34 @@ def test_graphs_that_differ_in_a_branch_or_in_a_setting_are_not_one() -> None:
         assert graph_digest(sin, x) != before
     with compat.inductor_config.patch({"trace.enabled": True, "compile_threads": 7, "fx_graph_cache": False}):
         assert graph_digest(sin, x) == before
+
+
+def test_numbers_on_a_gpu_are_those_of_triton(tmp_path: Any) -> None:
+    """In Triton's interpreter, which needs no GPU: `tl.rand`, `tl.randn` and what `triton_helpers.randint64` draws."""
+    pytest.importorskip("triton")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch, triton, triton.language as tl\n"
+        "from sandbox.inductor import philox\n"
+        "@triton.jit\n"
+        "def draw(rand, randn, wide, seed, COUNT: tl.constexpr):\n"
+        "    at = tl.arange(0, COUNT)\n"
+        "    tl.store(rand + at, tl.rand(seed, at.to(tl.uint32)))\n"
+        "    tl.store(randn + at, tl.randn(seed, at.to(tl.uint32)))\n"
+        "    first, second, _, _ = tl.randint4x(seed, at.to(tl.uint32))\n"
+        "    tl.store(wide + at, first.to(tl.uint64) | (second.to(tl.uint64) << 32))\n"
+        "for seed in (5, 0x123456789ABCDEF0, -77):\n"
+        "    rand, randn, wide = torch.empty(1024), torch.empty(1024), torch.empty(1024, dtype=torch.int64)\n"
+        "    draw[(1,)](rand, randn, wide, seed, COUNT=1024)\n"
+        "    key, at = torch.tensor(seed), torch.arange(1024)\n"
+        "    zero = torch.zeros_like(at)\n"
+        "    words = philox._philox((at, zero, zero, zero), (key & philox._MASK, (key >> 32) & philox._MASK))\n"
+        "    assert torch.equal(philox._rand_gpu(words), rand)\n"
+        "    torch.testing.assert_close(philox._randn_gpu(words), randn, rtol=1e-5, atol=1e-6)\n"
+        "    assert torch.equal(words[0] | (words[1] << 32), wide)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr

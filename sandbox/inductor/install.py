@@ -33,7 +33,8 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
     """Compile every Inductor graph of this process in the sandbox from now on.
 
     The forkserver starts in the background: its warm-up overlaps with what the caller does next. A second call
-    replaces policy and mode: the forkserver of the first ends, and its counts go, unless a backend made it.
+    replaces policy and mode. With another policy the forkserver of the first ends, and its counts go, unless a
+    backend made it; with the same policy it stays, for when the mode changes back.
 
     Args:
         policy: a shipped name, a path to a TOML file, or a Policy.
@@ -48,7 +49,7 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
     scheme = scheme_for(policy, mode)
     with _lock:
         replaced, _installed = _installed, scheme
-        if replaced is None or replaced is scheme or _key(replaced) in _of_backends:
+        if replaced is None or replaced.policy == scheme.policy or _key(replaced) in _of_backends:
             return
         _schemes.pop(_key(replaced), None)
     replaced.close()
