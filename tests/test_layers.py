@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Every module, in layers. A module imports only from lines above its own; nobody imports from its own line.
 LAYERS = """
-    errors explain limits processes results enforce.libc
+    errors explain limits processes results scratch enforce.libc
 
     jobs                          # what is to be done
     artifacts ledger meter        # files handed back; what is held; what is used
@@ -37,7 +37,7 @@ LAYERS = """
 
     callables
     child                         # the worker
-    keeper
+    keeper verdict
     template
     forkserver                    # from here on: in the parent
     monitor
@@ -45,7 +45,7 @@ LAYERS = """
 
     triton inductor
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
-    inductor.counting inductor.eager inductor.expressions inductor.identity inductor.kernels inductor.logs
+    inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels inductor.logs
     inductor.tensors
     inductor.pickling inductor.outputcode
     inductor.sidetable
@@ -67,7 +67,7 @@ LAYERS = """
 
 #: What is imported by name, so that a process loads only what it needs: `importer: {imported}`.
 BY_NAME = {
-    "sandbox.template": {"sandbox.inductor.job", "sandbox.inductor.compile"},
+    "sandbox.template": {"sandbox.inductor.compat", "sandbox.inductor.compile", "sandbox.inductor.job"},
 }
 #: Modules that may import these packages when they are imported themselves, and those that may do so in a function.
 HEAVY = ("torch", "triton", "transformers")
@@ -83,9 +83,6 @@ HEAVY_IN_FUNCTIONS = (*HEAVY_AT_TOP, "sandbox.cli")
 PRIVATE = {
     ("sandbox.cli.bench_worker", "torch._dynamo"),
     ("sandbox.cli.bench_worker", "torch._inductor.compile_fx"),
-    ("sandbox.inductor.backend", "torch._inductor.list_mode_options"),
-    ("sandbox.inductor.compile", "torch._dynamo.reset"),
-    ("sandbox.inductor.tensors", "torch._mkldnn"),
 }
 PUBLIC = [
     "CompileFailed",

@@ -33,7 +33,7 @@ def sandbox(
     policy = settings.pop("policy", "default")
     scheme = scheme_for(policy, settings.pop("sandbox_mode", "subprocess"), backend=True)
     if mode and mode != "default":
-        known = torch._inductor.list_mode_options()
+        known = compat.list_mode_options()
         if mode not in known:
             raise PolicyError(f"no torch.compile mode {mode!r}: allowed are {', '.join(sorted(known))}")
         settings = {**known[mode], **settings}

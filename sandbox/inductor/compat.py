@@ -90,6 +90,9 @@ NAMES: Final[Mapping[str, Private]] = {
     "functorch_config": Private("torch._functorch.config"),
     "dynamo_config": Private("torch._dynamo.config"),
     "lowering": Private("torch._inductor.lowering"),
+    "list_mode_options": Private("torch._inductor:list_mode_options"),
+    "in_bad_fork": Private("torch.cuda:_is_in_bad_fork"),
+    "mkldnn_layout": Private("torch:_mkldnn"),
     "make_fx": Private("torch.fx.experimental.proxy_tensor:make_fx"),
     "decompositions": Private("torch._inductor.decomposition:select_decomp_table"),
     # Kernels: where they are built and loaded.
@@ -116,7 +119,6 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.codecache:CacheBase.get_system",
     "torch._dynamo.device_interface:_device_initialized",
     "torch.cuda:_cached_device_count",
-    "torch.cuda:_is_in_bad_fork",
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
     "torch._inductor.graph:GraphLowering.save_output_code",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_expr",

@@ -42,7 +42,7 @@ def show() -> None:
     Raises:
         RuntimeError: CUDA was initialised before the fork; this child cannot use it.
     """
-    if torch.cuda._is_in_bad_fork():
+    if compat.in_bad_fork():
         raise RuntimeError("CUDA was initialised in the forkserver: a module in forkserver.preload must have done it")
     for name in _MODULES:
         module = sys.modules.get(name)

@@ -35,7 +35,7 @@ def encode(tensor: torch.Tensor) -> dict[str, Any]:
     """
     if isinstance(tensor, compat.FakeTensor):
         raise UnserializableError("fake_constant", f"{tuple(tensor.shape)}: no data to send")
-    if tensor.layout is torch._mkldnn:
+    if tensor.layout is compat.mkldnn_layout:
         return _encode_packed(tensor)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UnserializableError("opaque_constant", f"layout {tensor.layout}, {tensor.dtype}")
