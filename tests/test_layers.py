@@ -45,8 +45,8 @@ LAYERS = """
 
     triton inductor
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
-    inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels inductor.logs
-    inductor.tensors
+    inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels
+    inductor.logs inductor.tensors
     inductor.pickling inductor.outputcode
     inductor.sidetable
     inductor.payload inductor.reply
