@@ -28,7 +28,7 @@ help:
 	@echo "make demo   real models through torch.compile, every graph in a sandboxed child"
 	@echo "make test   the whole test suite"
 	@echo "make check  ruff and mypy"
-	@echo "make bench  side by side with Inductor's own modes, about 10 minutes"
+	@echo "make bench  side by side with Inductor's own modes; takes many minutes"
 	@echo "make clean  remove caches and build outputs; .venv stays (rm -rf .venv removes it)"
 
 demo: $(VENV)/.demo | compiler

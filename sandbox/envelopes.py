@@ -64,7 +64,7 @@ class Reply(_Envelope):
     leaks: Leaks = ()
     """What the child saw left over in itself."""
     start_seconds: Seconds = 0.0
-    """From the fork until the child had validated its spec, in seconds."""
+    """From the child's start until it had validated its spec and confined itself, in seconds."""
 
 
 class KeeperReady(_Envelope):

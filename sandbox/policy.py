@@ -66,8 +66,9 @@ class ForkserverSettings(_Model):
     """Import torch, Dynamo, Inductor and Triton before the first fork (about 6 s, 430 MB, shared with all children).
     Without it the template starts in 0.2 s and each graph job imports them itself; for `callable` jobs only."""
     warm_up: bool = True
-    """Compile two small graphs before the first job, so that no child repeats the vector-ISA probe, the
-    precompiled header and Inductor's lazy imports. Without it a job takes about 10 s instead of about 1 s."""
+    """Compile a few small graphs before the first job, so that no child repeats the vector-ISA probe, the precompiled
+    header and Inductor's lazy imports; on a host with an NVIDIA GPU only one C++ kernel, which saves the probe and the
+    header. Without it each job does all of it again, about 10 s."""
     start_timeout_seconds: Seconds = 180.0
     """Time for import and warm-up, in seconds. When hit: killed; the job ends as `sandbox_error`."""
     fork_timeout_seconds: Seconds = 10.0

@@ -53,13 +53,13 @@ class Usage(_Model):
     """What a job used."""
 
     wall_seconds: float = 0.0
-    """From the fork request to the end of the whole process tree, in seconds."""
+    """From the fork until the whole process tree has ended and its artifacts are taken over, in seconds."""
 
     queue_seconds: float = 0.0
     """From submit to the fork request, in seconds."""
 
     start_seconds: float = 0.0
-    """From the fork request until the child had validated its spec, in seconds."""
+    """From the child's start until it had validated its spec and confined itself, in seconds."""
 
     cpu_seconds: float = 0.0
     """User and system CPU time of the process tree, in seconds."""

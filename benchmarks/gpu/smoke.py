@@ -1,6 +1,6 @@
 """GPT-2 and ViT on a GPU, through `sandbox.install()`, side by side with in-process Inductor.
 
-    python benchmarks/gpu/smoke.py [--json FILE] [--small]
+    python benchmarks/gpu/smoke.py [--json FILE] [--small] [--together]
 
 Each measurement runs in a fresh process with empty caches. Checked: every graph is compiled in a child, the results
 are those of eager, and nothing is left: no semaphore or segment in /dev/shm, no process. Exit code 1 otherwise.

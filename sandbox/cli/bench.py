@@ -33,7 +33,7 @@ any scheme. The order is random in each round. Every result is compared with eag
 (force_disable_caches), `on` (all graphs miss and are stored), `hits` (new processes with the folders of `on`).
 
 examples:
-  sandbox bench                                # about 20 minutes on 2 cores; keep the machine quiet
+  sandbox bench                                # takes many minutes; keep the machine quiet
   sandbox bench --repeats 1 --cache off        # a quick look
   sandbox bench --json --out bench.json
 
