@@ -95,7 +95,7 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
             if kind == "triton" and target.name.startswith("__grp__"):
                 _relocate_group(copy, artifact.path, target.parent, names)
         for copy, target in copies:
-            os.replace(copy, target)
+            _place(copy, target)
     finally:
         for copy, _target in copies:
             copy.unlink(missing_ok=True)
@@ -130,6 +130,16 @@ def _copy(artifact: Artifact, source: Path, target: Path) -> Path:
         os.unlink(name)
         raise
     return Path(name)
+
+
+def _place(copy: Path, target: Path) -> None:
+    """Give the copy its final name, unless another process was quicker: that file may be mapped already."""
+    try:
+        os.link(copy, target)
+    except FileExistsError:
+        return
+    except OSError:
+        os.replace(copy, target)  # a file system without hard links
 
 
 def _open(artifact: Artifact, source: Path) -> int:

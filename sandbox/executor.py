@@ -9,12 +9,13 @@ to do after a job's own failure is the ladder's word (:mod:`sandbox.fallback`), 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class Sandbox:
             if self._closed:
                 raise SandboxError("the sandbox was closed")
             if job.spec.job_id in self._tasks:
-                raise SandboxError(f"{job.spec.job_id} was submitted already: make a new job")
+                raise SandboxError(f"{job.spec.job_id} is waiting or running already: make a new job")
             if len(self._threads) < self._slots:
                 thread = threading.Thread(target=self._drain, name="sandbox-job", daemon=True)
                 try:
@@ -225,7 +226,7 @@ class Sandbox:
         with self._lock:
             self._tasks.pop(task.job.spec.job_id, None)
         self.recorder.job(result, task.name, task.step)
-        if not task.future.cancelled():
+        with contextlib.suppress(InvalidStateError):  # its owner has cancelled the future, and so has an answer
             task.future.set_result(result)
 
     def _run(self, task: _Task) -> JobResult:

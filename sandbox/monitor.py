@@ -321,6 +321,8 @@ def _take(watch: _Watch, envelope: BaseModel, payload: bytes) -> None:
     elif isinstance(envelope, Reply):
         if envelope.job_id != job_id:
             raise WireError(f"a reply of {envelope.job_id} on the channel of {job_id}")
+        if any(leak.kind not in ("fd", "thread") or leak.owner != "child" for leak in envelope.leaks):
+            raise WireError("a reply that tells of leaks which are not the worker's to tell")
         seen.reply, seen.payload, watch.reply_at = envelope, payload, time.monotonic()
 
 
@@ -339,6 +341,7 @@ def _serve_keeper(watch: _Watch, reports: FrameReader) -> None:
                     raise WireError("a second 'ready'")
                 stat = read_stat(report.pid)
                 watch.pid, watch.start_ticks = report.pid, stat.start_ticks if stat else 0
+                seen.forked = True
                 seen.mechanisms.update(report.enforcement.mechanisms)
             elif isinstance(report, Exited):
                 seen.exited = report

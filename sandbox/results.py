@@ -127,7 +127,7 @@ class Enforcement(_Model):
         return {name: mechanism.state.value for name, mechanism in sorted(self.mechanisms.items())}
 
 
-#: A path that a job may hand back. Never ends in `.pkl` or lies in a folder that PyTorch unpickles from.
+#: A path that a job may hand back: never one that PyTorch unpickles from.
 ARTIFACT_PATH = (
     r"^(inductor/[a-z0-9]{2}/[A-Za-z0-9_.+=-]{1,200}\.(py|cpp|h|so|o|json|txt|cu|cubin|ptx|best_config)"
     r"|triton/[A-Za-z0-9_=-]{1,128}/[A-Za-z0-9_.+=-]{1,200}"

@@ -31,9 +31,14 @@ class Root:
             OSError: the temporary folder cannot be written.
         """
         self.swept = _sweep()
-        self.path = Path(tempfile.mkdtemp(prefix=_prefix()))
-        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_prefix()))
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if (self.path / _LOCK).exists():
+                break
+            # Between the two lines above another process took it for the root of a dead one.
+            os.close(self._lock)
 
     def folder(self, prefix: str) -> Path:
         """A new, empty folder in the root.

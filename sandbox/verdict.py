@@ -27,6 +27,8 @@ class Evidence:
     """The first breach that the monitor recorded."""
     started: bool = False
     """The worker has checked its spec and confined itself: what follows is the job's doing."""
+    forked: bool = False
+    """The keeper has forked the worker."""
     reply: Reply | None = None
     payload: bytes = b""
     truncated: bool = False
@@ -47,18 +49,23 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
     Args:
         allowed: classes, as `module:name`, that the value may hold besides plain data.
     """
+    exited = seen.exited
     if seen.cause is not None:
-        return *seen.cause, None
+        status, detail = seen.cause
+        if status is Status.PROTOCOL_ERROR and exited is not None and exited.signal not in (None, signal.SIGKILL):
+            # It sent garbage and crashed; the keeper, when it is told to kill, sends SIGKILL only.
+            return *_by_signal(exited.signal or 0), None
+        return status, detail, None
     if seen.reply is not None and seen.reply.status is Status.OK:
         try:
             return Status.OK, "", safe_loads(seen.payload, allowed)
         except WireError as error:
             return Status.PROTOCOL_ERROR, str(error), None
-    exited = seen.exited
     if exited is None:
         return Status.SANDBOX_ERROR, "the keeper did not report", None
     if exited.refused:
-        return Status.SANDBOX_ERROR, printable(exited.refused), None
+        # With the job under way nobody can say whose fault it was: the safe answer is the job's.
+        return Status.CRASHED if seen.forked else Status.SANDBOX_ERROR, printable(exited.refused), None
     if exited.signal is not None:
         return *_by_signal(exited.signal), None
     if seen.reply is not None:

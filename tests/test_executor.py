@@ -203,7 +203,7 @@ def test_a_host_without_threads_to_spare_is_told(monkeypatch: pytest.MonkeyPatch
 def test_a_job_can_be_submitted_once(light: sandbox.Sandbox) -> None:
     job = sandbox.callable_job(time.sleep, 0.3)
     first = light.submit(job)
-    with pytest.raises(SandboxError, match="submitted already"):
+    with pytest.raises(SandboxError, match="running already"):
         light.submit(job)
     assert first.result(10).status is Status.OK
 

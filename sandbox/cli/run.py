@@ -131,13 +131,13 @@ class _Session:
         self._scheme = installed()
 
     def _stats(self) -> Stats:
-        """The installed sandbox's counts; that of the beginning if the script has uninstalled it."""
+        """The counts of all sandboxes of this process; those of the beginning if the script has uninstalled it."""
         if self._scheme is None:
             return Stats(policy=self._policy.name, mode=self._mode)
-        from sandbox.inductor.install import installed
+        from sandbox.inductor.install import installed, stats
 
-        stats: Stats = (installed() or self._scheme).sandbox.stats()
-        return stats
+        counts: Stats = stats() if installed() is not None else self._scheme.sandbox.stats()
+        return counts
 
     def _refresh(self) -> None:
         while not self._ended.wait(REFRESH_SECONDS):

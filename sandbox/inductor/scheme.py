@@ -25,7 +25,7 @@ from sandbox.inductor import compat, eager, failures, identity, kernels, logs, p
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
 from sandbox.policy import Policy, Step
 from sandbox.quarantine import Entry, Quarantine
-from sandbox.results import KILLERS, JobResult, LeakReport, Status
+from sandbox.results import KILLERS, JobResult, LeakReport, Status, printable
 
 log = logging.getLogger("sandbox")
 
@@ -182,7 +182,7 @@ class _Compile:
 
     def _attempt(self, step: fallback.ChildStep) -> tuple[Any, JobResult]:
         """One child. Returns the loaded artifact, or None, and how the child ended."""
-        target = _target(self.example_inputs)
+        target = _target(self.gm, self.example_inputs)
         if target != "cpu" and not self.policy.gpu:
             raise UnserializableError("gpu_not_granted", f"a graph for {target}, and the policy says gpu = false")
         overrides: dict[str, Scalar] = dict(self.policy.reduced) if step == "reduced" else {}
@@ -299,7 +299,8 @@ class _Compile:
             return error
         error = CompileFailed(result.status.value, result.detail, result.job_id)
         if result.stderr_tail:
-            error.add_note(f"the child's last words:\n{result.stderr_tail[-4000:]}")
+            words = "\n".join(printable(line) for line in result.stderr_tail[-4000:].splitlines())
+            error.add_note(f"the child's last words:\n{words}")
         return error
 
 
@@ -312,9 +313,10 @@ def _reason(result: JobResult) -> str:
     return result.status.value
 
 
-def _target(example_inputs: Sequence[Any]) -> str:
-    """What the graph is compiled for: `cpu`, or `cuda:CAPABILITY` of the first input on a GPU."""
-    for value in example_inputs:
+def _target(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
+    """What the graph is compiled for: `cpu`, or `cuda:CAPABILITY` of the first tensor on a GPU."""
+    made = (node.meta.get("val") for node in gm.graph.nodes)
+    for value in (*example_inputs, *made):
         if isinstance(value, torch.Tensor) and value.device.type == "cuda":
             if torch.version.hip:
                 return f"hip:{torch.cuda.get_device_properties(value.device).gcnArchName.partition(':')[0]}"
