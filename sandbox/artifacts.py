@@ -137,7 +137,8 @@ def _place(copy: Path, target: Path) -> None:
     try:
         os.link(copy, target)
     except FileExistsError:
-        return
+        if not target.is_file():
+            os.replace(copy, target)  # heals a dangling link; a folder in the way is an error
     except OSError:
         os.replace(copy, target)  # a file system without hard links
 

@@ -58,6 +58,7 @@ class Sandbox:
         self.recorder.policy = self.policy.name
         self._pid = os.getpid()
         self._forkserver = Forkserver(self.policy, self.environment())
+        self._finalizer = weakref.finalize(self, _end, self._forkserver, self._pid)
         self._own_cache = self._forkserver.root.path / "cache"
         self._cache = cache
         self._slots = self.policy.parallel_jobs or usable_cores()
@@ -114,7 +115,7 @@ class Sandbox:
         self._check()
         job = self._filled(job)
         targets = cache or self._cache or {kind: self._own_cache / kind for kind in ("inductor", "triton")}
-        task = _Task(job, Future(), Cancel(), targets, name or job.spec.kind, step, time.monotonic())
+        task = _Task(job, Future(), Cancel(), targets, str(name or job.spec.kind), str(step), time.monotonic())
         with self._lock:
             if self._closed:
                 raise SandboxError("the sandbox was closed")
@@ -144,6 +145,8 @@ class Sandbox:
         task.cancel.cancel(reason)
         self._forkserver.poke()
         if waiting:
+            # Not running, but whoever waits for the future must be told, also if its owner has cancelled it.
+            task.future.set_running_or_notify_cancel()
             self._settle(task, _failed(task.job, Status.CANCELLED, reason))
         return True
 
@@ -225,7 +228,10 @@ class Sandbox:
     def _settle(self, task: _Task, result: JobResult) -> None:
         with self._lock:
             self._tasks.pop(task.job.spec.job_id, None)
-        self.recorder.job(result, task.name, task.step)
+        try:
+            self.recorder.job(result, task.name, task.step)
+        except Exception as error:  # noqa: BLE001 - a report that cannot be written must not keep the answer back
+            self.recorder.swallowed(error)
         with contextlib.suppress(InvalidStateError):  # its owner has cancelled the future, and so has an answer
             task.future.set_result(result)
 
@@ -270,6 +276,12 @@ def usable_cores() -> int:
 
 def _failed(job: Job, status: Status, detail: str) -> JobResult:
     return JobResult(job_id=job.spec.job_id, status=status, detail=detail, leaks=LeakReport(job_id=job.spec.job_id))
+
+
+def _end(forkserver: Forkserver, pid: int) -> None:
+    """What is left to do for a sandbox that was dropped, or is still open when the interpreter ends."""
+    if os.getpid() == pid:
+        forkserver.close()
 
 
 _OPEN: weakref.WeakSet[Sandbox] = weakref.WeakSet()

@@ -173,10 +173,11 @@ class Forkserver:
         if self._ready:
             # One that dies of it is noticed by the thread, counted as a restart, and its strays are counted below.
             with contextlib.suppress(ForkserverError):
-                self.inspect()
+                self._ask({"op": "inspect"}, (), self._policy.forkserver.fork_timeout_seconds)
 
     def inspect(self) -> dict[str, Any]:
         """Threads, open descriptors and killed strays of the template, after it has killed strays."""
+        self.wait_ready()
         return self._ask({"op": "inspect"}, (), self._policy.forkserver.fork_timeout_seconds)
 
     def begin_close(self) -> None:
@@ -205,10 +206,10 @@ class Forkserver:
 
     def _ask(self, request: dict[str, Any], fds: Sequence[int], seconds: float) -> dict[str, Any]:
         with self._fork_lock:
-            self.wait_ready()
             with self._change:
-                control, process = self._control, self._process
-            if control is None or process is None or self._closed:
+                control, process, ready = self._control, self._process, self._ready
+            # Whoever asks has waited until it was ready, and does so again: nobody waits here, holding the lock.
+            if control is None or process is None or not ready:
                 raise ForkserverError("the forkserver died")
             problem = ""
             try:

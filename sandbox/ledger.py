@@ -332,8 +332,8 @@ def _files(folder: Path) -> tuple[dict[str, Inode], int]:
                         found[entry.path] = (info.st_dev, info.st_ino)
                     else:
                         rest += 1
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue  # vanished since, or not ours to read
+        except OSError:
+            continue  # vanished since, not ours to read, or too deep for a path
     return found, rest
 
 

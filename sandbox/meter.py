@@ -231,6 +231,9 @@ def survey(folder: Path | str, max_entries: int = 100_000, max_depth: int = 64) 
                             info = entry.stat(follow_symlinks=False)
                         except FileNotFoundError:
                             continue  # vanished
+                        except OSError:
+                            entries, complete = entries + 1, False  # not ours to look at
+                            continue
                         entries += 1
                         if stat_module.S_ISDIR(info.st_mode):
                             inner.append(entry.name)

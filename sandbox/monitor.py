@@ -93,6 +93,7 @@ class _Watch:
         """Tell the keeper to kill the tree; it may be gone already."""
         if self.kill_deadline is None:
             self.kill_deadline = time.monotonic() + KILL_SECONDS
+            self.seen.ordered = True
             with contextlib.suppress(OSError):
                 self.keeper.send(b"K")
 

@@ -19,6 +19,10 @@ _OURS = {
 }
 
 
+#: What a child may say only if it ends cleanly: the ladders of these may end with a compile in the serving process.
+_BLAMES_US = frozenset({Status.SANDBOX_ERROR, Status.PROTOCOL_ERROR, Status.UNSERIALIZABLE})
+
+
 @dataclass
 class Evidence:
     """What the monitor has seen of one job."""
@@ -33,6 +37,8 @@ class Evidence:
     payload: bytes = b""
     truncated: bool = False
     """The reply ended in the middle of a frame."""
+    ordered: bool = False
+    """We had the tree killed."""
     exited: Exited | None = None
     mechanisms: dict[str, Mechanism] = field(default_factory=dict)
     last_words: str = ""
@@ -62,13 +68,19 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
         except WireError as error:
             return Status.PROTOCOL_ERROR, str(error), None
     if exited is None:
-        return Status.SANDBOX_ERROR, "the keeper did not report", None
+        if seen.reply is not None and seen.reply.status not in _BLAMES_US:
+            return seen.reply.status, printable(seen.reply.detail), None
+        return Status.CRASHED if seen.forked else Status.SANDBOX_ERROR, "the keeper did not report", None
     if exited.refused:
         # With the job under way nobody can say whose fault it was: the safe answer is the job's.
         return Status.CRASHED if seen.forked else Status.SANDBOX_ERROR, printable(exited.refused), None
-    if exited.signal is not None:
+    # A worker that did not exit after its reply was killed by us: that is not how it ended.
+    by_us = seen.ordered and exited.signal == signal.SIGKILL and seen.reply is not None
+    if exited.signal is not None and not by_us:
         return *_by_signal(exited.signal), None
     if seen.reply is not None:
+        if seen.reply.status in _BLAMES_US and exited.exit_code != 0:
+            return Status.CRASHED, f"the child blamed the sandbox ({seen.reply.status.value}) and did not exit", None
         return seen.reply.status, printable(seen.reply.detail), None
     if seen.truncated:
         return Status.PROTOCOL_ERROR, "the reply is truncated", None

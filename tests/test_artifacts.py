@@ -68,6 +68,18 @@ def test_a_file_that_is_there_is_kept(job: Path, cache: dict[str, Path]) -> None
     assert there.read_text() == "another process has this mapped"
 
 
+def test_what_stands_in_the_way_of_a_file(job: Path, cache: dict[str, Path]) -> None:
+    target = cache["inductor"] / "ab" / "cabc.so"
+    target.parent.mkdir(parents=True)
+    target.symlink_to("/nonexistent/cabc.so")
+    artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
+    assert target.read_text() == "a kernel" and not target.is_symlink()
+    target.unlink()
+    target.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
+
+
 def _symlink(job: Path) -> None:
     (job / GOOD).unlink()
     (job / GOOD).symlink_to("/etc/passwd")

@@ -56,6 +56,13 @@ GOOD = {"reply": reply(Status.OK), "payload": safe_dumps(42)}
         (Evidence(exited=ended(refused="no namespace")), Status.SANDBOX_ERROR),
         (Evidence(forked=True, exited=ended(refused="no memory")), Status.CRASHED),
         (Evidence(), Status.SANDBOX_ERROR),
+        (Evidence(forked=True), Status.CRASHED),
+        (Evidence(forked=True, reply=reply(Status.COMPILE_ERROR)), Status.COMPILE_ERROR),
+        (Evidence(forked=True, reply=reply(Status.SANDBOX_ERROR)), Status.CRASHED),
+        (Evidence(reply=reply(Status.UNSERIALIZABLE), exited=ended(exit_code=7)), Status.CRASHED),
+        # A slow exit after the reply, ended by us, does not change what was replied.
+        (Evidence(ordered=True, reply=reply(Status.COMPILE_ERROR), exited=ended(signal=9)), Status.COMPILE_ERROR),
+        (Evidence(ordered=True, reply=reply(Status.SANDBOX_ERROR), exited=ended(signal=9)), Status.CRASHED),
     ],
 )
 def test_verdicts(seen: Evidence, status: Status) -> None:

@@ -148,7 +148,12 @@ def _dispatch(
         # The host has forked and needs a forkserver of its own; or the scheme was closed before this graph, the
         # backward pass of one that it compiled, was needed.
         scheme = scheme_for(scheme.policy, scheme.mode)
-    return scheme.compile(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
+    try:
+        return scheme.compile(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
+    finally:
+        with _lock:
+            if _original is None:
+                kernels.remove_loader()  # uninstall() came in between, and loading has put it back
 
 
 def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:

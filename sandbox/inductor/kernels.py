@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import tempfile
 import threading
@@ -170,11 +171,22 @@ def remembered(cache_key: str) -> dict[str, dict[str, str]] | None:
     return table if all(os.path.exists(os.path.join(cache, entry["path"])) for entry in table.values()) else None
 
 
+@functools.cache
+def _processor() -> str:
+    """What `-march=native` and the vector-ISA probe depend on: a cache may travel to another machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+    return "\n".join([platform.machine(), *told])
+
+
 def _beside(cache_key: str) -> Path:
-    """The same code can be built with other flags: the settings that make them are part of the name."""
+    """The same code can be built with other flags, or for another processor: what decides that is part of the name."""
     config = compat.inductor_config
     flags = {name: repr(getattr(config, name, None)) for name in sorted(config._config) if name.startswith("cpp")}
-    digest = hashlib.sha256(json.dumps([torch.__version__, flags]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([torch.__version__, _processor(), flags]).encode()).hexdigest()[:16]
     return Path(compat.runtime_cache_dir()) / cache_key[1:3] / f"{cache_key}.{digest}.kernels.json"
 
 
