@@ -45,7 +45,8 @@ def held(pid: int | None = None) -> Held:
         posix=frozenset(now.posix),
         sysv=frozenset((kind, number) for kind, number in now.sysv),
         children=frozenset(process.pid for process in now.processes.values()),
-        temporary=frozenset(os.listdir(tempfile.gettempdir())),
+        # `torchinductor_USER` is Inductor's own: it keeps precompiled headers there when it compiles in-process.
+        temporary=frozenset(n for n in os.listdir(tempfile.gettempdir()) if not n.startswith("torchinductor_")),
     )
 
 

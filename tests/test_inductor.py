@@ -395,7 +395,7 @@ def test_uninstall_leaves_compiled_graphs_usable_and_nothing_else() -> None:
     )  # fmt: skip
     assert done.stdout.split() == ["fine"], done.stderr
     assert "leaked" not in done.stderr and "ResourceWarning" not in done.stderr
-    assert eventually(lambda: held() == before, 5)
+    assert eventually(lambda: held() == before, 5), (held(), before)
 
 
 def test_stats_without_install_are_zero() -> None:
