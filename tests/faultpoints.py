@@ -102,16 +102,26 @@ MANNERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def compiler(manner: str) -> None:
+    """A compiler that goes wrong; when it runs out of memory it says what GCC's cc1plus says."""
+    try:
+        MANNERS[manner]()
+    except MemoryError:
+        print("cc1plus: out of memory allocating 65536 bytes")
+        sys.exit(1)
+
+
 def build() -> int:
     """The job of the table: it has a compiler run, as a process of its own, and waits for it."""
     fault = os.environ.get("SANDBOX_TEST_FAULT", ":")
     phase, manner = fault.split(":")
     code = "print('built')"
     if phase == "build":
-        code = f"import faultpoints; faultpoints.MANNERS[{manner!r}]()"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        code = f"import faultpoints; faultpoints.compiler({manner!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"the compiler ended with {done.returncode}")
+        raise RuntimeError(f"the compiler ended with {done.returncode}: {done.stdout}")
     return 42
 
 

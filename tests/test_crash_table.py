@@ -32,8 +32,7 @@ def expected(phase: str, manner: str) -> Status:
     if manner in ("sigstop", "busy_loop"):
         return Status.TIMEOUT
     if manner == "memory_hog":
-        # Before the rlimits, and in a process that the job starts, the watchdog sees it; else MemoryError comes first.
-        return Status.COMPILE_ERROR if phase == "build" else Status.MEMORY_LIMIT
+        return Status.MEMORY_LIMIT  # an allocation fails, in the worker or its compiler, or the watchdog sees it first
     if manner == "fork_bomb":
         return Status.VIOLATION
     if manner == "disk_hog":
