@@ -78,9 +78,10 @@ def test_descendants_follow_setsid_and_double_forks(children_file: bool) -> None
             if pid:
                 os._exit(0)      # its child becomes the subreaper's
             os.setsid()
-        fork(escape)
+        between = fork(escape)
         fork(lambda: fork(lambda: fork(lambda: None)))
-        tree = until(lambda: (t := below()) and len(t) == 4 and t)
+        # Four in the end: while the process in between lives, four are not yet the right ones.
+        tree = until(lambda: (t := below()) and len(t) == 4 and between not in [p.pid for p in t] and t)
         assert len({{p.pid for p in tree}}) == 4
         order = [p.pid for p in tree]
         for p in tree:
