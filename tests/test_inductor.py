@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import sandbox
 from sandbox.inductor.install import installed
 from sandbox.inductor.scheme import Scheme
 from sandbox.policy import ForkserverSettings, Policy
-from sandbox.report import Stats
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -396,8 +394,3 @@ def test_uninstall_leaves_compiled_graphs_usable_and_nothing_else() -> None:
     assert done.stdout.split() == ["fine"], done.stderr
     assert "leaked" not in done.stderr and "ResourceWarning" not in done.stderr
     assert eventually(lambda: held() == before, 5), (held(), before)
-
-
-def test_stats_without_install_are_zero() -> None:
-    with warnings.catch_warnings():
-        assert Stats().graphs == 0
