@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 Demand = Literal["require", "prefer", "off"]
+AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -66,8 +67,8 @@ class Limits(BaseModel):
 
 
 class Confinement(BaseModel):
-    """Which mechanisms confine a child. `require`: refuse to start a job without it. `prefer`: use it, report it
-    as `unavailable` or `partial` if absent. `off`: do not use it."""
+    """Which mechanisms confine a child, and what they leave open. `require`: refuse to start a job without it.
+    `prefer`: use it, report it as `unavailable` or `partial` if absent. `off`: do not use it."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -85,3 +86,14 @@ class Confinement(BaseModel):
     """Own empty /dev/shm, so that POSIX semaphores and shared memory of a job end with it."""
     network_namespace: Demand = "prefer"
     """No network but an own, unconnected loopback."""
+    read: Annotated[tuple[AbsolutePath, ...], Field(max_length=1000)] = ()
+    """Absolute paths that a job may read and execute besides what the compiler needs: interpreter, search path,
+    toolchain (`sandbox/enforce/paths.py`). For code that lies directly in a home folder, or headers in odd places."""
+
+    def demands(self) -> dict[str, Demand]:
+        """The mechanisms, each with what the policy says of it."""
+        return {name: value for name, value in self if name != "read"}
+
+    def softened(self) -> Confinement:
+        """The same with each `require` made a `prefer`, so that all can be tried where some are missing."""
+        return self.model_copy(update={name: "prefer" for name, value in self.demands().items() if value == "require"})

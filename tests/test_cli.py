@@ -156,14 +156,14 @@ def test_doctor_shows_what_a_child_was_confined_by(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert done.returncode == (0 if report["ok"] else 1), done.stderr
     assert report["child"]["status"] == "ok"
-    assert set(report["enforcement"]) == set(Confinement.model_fields)
+    assert set(report["enforcement"]) == set(Confinement().demands())
     assert report["host"]["torch"] and report["host"]["private_names_of_torch"] == "all found"
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_doctor_says_one_sentence_for_each_missing_mechanism() -> None:
     confinement = Confinement(network_namespace="require")
-    found = {name: Mechanism(state=State.ENFORCED) for name in Confinement.model_fields}
+    found = {name: Mechanism(state=State.ENFORCED) for name in Confinement().demands()}
     assert judge(confinement, Enforcement(mechanisms=found)) == ([], [])
     found["network_namespace"] = Mechanism(state=State.UNAVAILABLE, reason="EPERM")
     found["watchdog"] = Mechanism(state=State.PARTIAL, reason="no smaps_rollup")
@@ -272,7 +272,7 @@ def test_the_report_tells_every_graph_also_after_an_exception(tmp_path: Path) ->
     assert (report["graphs"], report["in_child"], report["in_process"], report["eager"]) == (1, 1, 0, 0)
     assert report["outcomes"] == {"ok": 1} and report["children_started"] == 1
     assert report["leaks"] == report["fallbacks"] == report["in_process_reasons"] == {}
-    assert report["forkserver_restarts"] == 0 and set(report["enforcement"]) == set(Confinement.model_fields)
+    assert report["forkserver_restarts"] == 0 and set(report["enforcement"]) == set(Confinement().demands())
     assert "KeyError: 'late'" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("sandbox: 1 graph")
     assert sorted(path.name for path in tmp_path.glob("*r.json*")) == ["r.json"]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Every module, in layers. A module imports only from lines above its own; nobody imports from its own line.
 LAYERS = """
-    errors explain limits processes results scratch enforce.libc
+    errors explain limits processes results scratch enforce.libc enforce.paths
 
     jobs                          # what is to be done
     artifacts ledger meter        # files handed back; what is held; what is used

@@ -74,7 +74,7 @@ def test_no_shipped_policy_holds_a_word_that_weakens(name: str) -> None:
     text = (FOLDER / f"{name}.toml").read_text()
     assert not policy.allow_in_process_after_crash
     assert not re.search(r"(?m)allow_in_process_after_crash\s*=\s*true", text)
-    assert "off" not in policy.confinement.model_dump().values()
+    assert "off" not in policy.confinement.demands().values()
     for status in KILLERS:
         assert "in_process" not in policy.ladder.steps(status)
     for mechanism in ("rlimits", "no_new_privs", "watchdog", "process_tree"):
@@ -93,7 +93,7 @@ def test_what_sets_the_policies_apart() -> None:
     for status in set(Status) - {Status.OK, Status.CANCELLED}:
         assert production.ladder.steps(status)[-1] == "eager"
         assert ci.ladder.steps(status)[-1] == "raise"
-    assert set(strict.confinement.model_dump().values()) == {"require"}
+    assert set(strict.confinement.demands().values()) == {"require"}
     assert strict.ladder.violation == ("raise",)
     assert strict.ladder.unserializable == ("raise",)
     assert "LD_LIBRARY_PATH" not in strict.environment

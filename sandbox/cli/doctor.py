@@ -78,7 +78,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "policy": policy.name,
         "enforcement": {name: mechanism.state.value for name, mechanism in sorted(mechanisms.items())},
         "reasons": {name: mechanism.reason for name, mechanism in sorted(mechanisms.items()) if mechanism.reason},
-        "demands": policy.confinement.model_dump(),
+        "demands": policy.confinement.demands(),
         "host": host,
         "child": {"status": result.status.value, "usage": result.usage.model_dump()},
         "problems": problems,
@@ -94,7 +94,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def judge(confinement: Confinement, enforcement: Enforcement) -> tuple[list[str], list[str]]:
     """Sentences about what is required: what is missing, and what is there in part."""
     missing, partial = [], []
-    for name, demand in confinement.model_dump().items():
+    for name, demand in confinement.demands().items():
         found = enforcement.mechanisms.get(name)
         if demand != "require":
             continue
@@ -115,10 +115,7 @@ def _small_job(policy: Policy) -> JobResult:
     """A child under the policy's limits. What is required is only preferred here, so that all of it is tried."""
     from sandbox import Sandbox, callable_job
 
-    demands = policy.confinement.model_dump().items()
-    confinement = Confinement.model_validate(
-        {name: "prefer" if demand == "require" else demand for name, demand in demands}
-    )
+    confinement = policy.confinement.softened()
     # Confinement does not depend on what the forkserver holds, and without torch it starts in 0.2 s.
     light = policy.model_copy(
         update={"forkserver": policy.forkserver.model_copy(update={"import_torch": False, "preload": ()})}

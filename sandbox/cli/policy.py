@@ -91,7 +91,7 @@ def _facts(policy: Policy) -> dict[str, Any]:
         "parallel_jobs": policy.parallel_jobs,
         "in_process": policy.allow_in_process,
         "in_process_after_crash": policy.allow_in_process_after_crash,
-        "required": [name for name, demand in policy.confinement.model_dump().items() if demand == "require"],
+        "required": [name for name, demand in policy.confinement.demands().items() if demand == "require"],
     }
 
 
