@@ -6,6 +6,7 @@
     ├── WireError                    a frame or a reply is malformed (becomes status ``protocol_error``)
     ├── ForkserverError              the forkserver could not be started or did not answer
     ├── EnforcementError             a mechanism that the policy requires is unavailable on this host
+    ├── QuarantineError              the quarantine's folder or one of its files cannot be used
     ├── UnserializableError          a graph cannot be sent to a child
     ├── IncompatibleTorchError       this PyTorch lacks a private name that we build on
     └── CompileFailed                a compile ended with a status for which the policy says ``raise``
@@ -39,6 +40,10 @@ class ForkserverError(SandboxError):
 
 class EnforcementError(SandboxError):
     """A mechanism that the policy requires is unavailable on this host."""
+
+
+class QuarantineError(SandboxError):
+    """The quarantine's folder or one of its files cannot be used. Never stops a compile: it is counted and logged."""
 
 
 class UnserializableError(SandboxError):

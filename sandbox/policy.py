@@ -77,6 +77,20 @@ class ForkserverSettings(_Model):
     """Modules to import in the forkserver besides torch: those that register custom ops or lowerings."""
 
 
+class QuarantineSettings(_Model):
+    """The memory of graphs that have killed a child and got no answer from another: they get no further child."""
+
+    persist: bool = True
+    """Whether it is kept in files, so that it outlives the process and other processes of the same user see it at their
+    next compile. If false, or where the folder cannot be used, in memory until the process ends."""
+    folder: str = ""
+    """Where the files are; `~` at the start is the home folder. It must belong to the user and be writable by nobody
+    else, or it is ignored with a warning. Empty means `torch-compile-sandbox/quarantine` below `$XDG_CACHE_HOME`, or
+    below `~/.cache`."""
+    days: Annotated[float, Field(gt=0, le=3650, allow_inf_nan=False)] = 30.0
+    """How long an entry counts after the newest kill, in days. When over: the graph gets a child again."""
+
+
 class Policy(_Model):
     """What sandboxed compiles may do and what happens when they fail. Read from TOML, see `policies/`."""
 
@@ -108,6 +122,8 @@ class Policy(_Model):
     """Which mechanisms confine a child."""
     forkserver: ForkserverSettings = ForkserverSettings()
     """The warm template process."""
+    quarantine: QuarantineSettings = QuarantineSettings()
+    """The memory of graphs that have killed a child."""
     reduced: dict[str, Scalar] = {
         "max_autotune": False,
         "max_autotune_gemm": False,

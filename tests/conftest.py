@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,24 @@ def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's own quarantine is neither read nor written; that of fixtures above a test is the run's."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    os.environ.pop("XDG_CACHE_HOME")
+    if before is not None:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def _own_quarantine(cache_homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the graphs of one test have done to children decides nothing in the next one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_homes / uuid.uuid4().hex))
 
 
 def light_policy(**changes: object) -> Policy:

@@ -63,7 +63,20 @@ def script(folder: Path, text: str, name: str = "script.py") -> Path:
 # Help and bad input.
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["doctor"], ["policy"], ["policy", "show"], ["bench"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["demo"],
+        ["run"],
+        ["doctor"],
+        ["policy"],
+        ["policy", "show"],
+        ["bench"],
+        ["quarantine"],
+        ["quarantine", "clear"],
+    ],
+)
 def test_help_is_quick_and_needs_no_torch(command: list[str], tmp_path: Path) -> None:
     script(tmp_path, "raise RuntimeError('torch was imported')", "torch.py")
     started = time.monotonic()

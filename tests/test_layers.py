@@ -26,6 +26,7 @@ LAYERS = """
     artifacts ledger meter        # files handed back; what is held; what is used
     policy                        # what is allowed
     fallback quarantine report    # the decision, the memory of killers, the counts
+    quarantine_files
 
     envelopes opcodes
     unpickle
@@ -59,7 +60,7 @@ LAYERS = """
     sandbox                       # the public API
 
     cli.output cli.models cli.bench_graphs
-    cli.program cli.policy cli.check cli.bench_worker
+    cli.program cli.policy cli.quarantine cli.check cli.bench_worker
     cli.doctor cli.bench cli.run cli.demo
     cli
     __main__

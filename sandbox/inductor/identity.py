@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 
 from sandbox.inductor import compat
+from sandbox.policy import Policy
 
 #: Settings that say nothing of the graph's code: folders, pools, caches, files for people.
 _LEFT: Final = frozenset(
@@ -19,6 +21,33 @@ _LEFT: Final = frozenset(
     }
 )  # fmt: skip
 _LEFT_GROUP: Final = "trace."
+
+
+def made_for(policy: Policy, target: str) -> dict[str, str]:
+    """What else a graph's fate depends on than the graph: another compiler, device, limit or confinement gives it
+    another chance."""
+    rules = policy.model_dump_json(include={"limits", "confinement", "reduced", "gpu", "kernel_threads"})
+    return {
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "target": target,
+        "policy": f"{policy.name[:200]} {hashlib.sha256(rules.encode()).hexdigest()[:12]}",
+    }
+
+
+@functools.cache
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
+
+
+def quarantine_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], facts: Mapping[str, str]) -> str:
+    """SHA-256 by which a graph is quarantined: its own digest and ``facts``, those of :func:`made_for`."""
+    parts = [graph_digest(gm, example_inputs), *(f"{name}: {fact}" for name, fact in sorted(facts.items()))]
+    return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()
 
 
 def graph_digest(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:

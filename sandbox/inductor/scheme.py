@@ -19,12 +19,21 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from sandbox import fallback
-from sandbox.errors import CompileFailed, JobError, PolicyError, SandboxError, UnserializableError, WireError
+from sandbox.errors import (
+    CompileFailed,
+    JobError,
+    PolicyError,
+    QuarantineError,
+    SandboxError,
+    UnserializableError,
+    WireError,
+)
 from sandbox.executor import Sandbox, usable_cores
 from sandbox.inductor import compat, eager, failures, identity, kernels, logs, payload, reply
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
 from sandbox.policy import Policy, Step
 from sandbox.quarantine import Entry, Quarantine
+from sandbox.quarantine_files import keep_of, store_of
 from sandbox.results import KILLERS, JobResult, LeakReport, Status, printable
 
 log = logging.getLogger("sandbox")
@@ -56,9 +65,10 @@ class Scheme:
         self.sandbox = Sandbox(policy)
         self.sandbox.recorder.mode = mode
         self.closed = False
-        self.quarantine = Quarantine()
         self._warned: set[str] = set()
         self._warned_lock = threading.Lock()
+        settings = policy.quarantine
+        self.quarantine = Quarantine(store_of(settings, self._not_usable), keep_of(settings))
 
     def compile(
         self,
@@ -80,6 +90,10 @@ class Scheme:
         """End the forkserver and cancel what runs."""
         self.closed = True
         self.sandbox.close()
+
+    def _not_usable(self, error: QuarantineError) -> None:
+        self.sandbox.recorder.swallowed(error)
+        self.warn_once("quarantine", f"{error}. Further ones are only counted, as QuarantineError")
 
     def warn_once(self, reason: str, message: str) -> None:
         """One warning per reason and process."""
@@ -114,14 +128,15 @@ class _Compile:
         direction = "backward" if graph_kwargs.get("is_backward") else "forward"
         self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
         self.history: list[fallback.Attempt] = []
-        self.last_job = ""  # the newest one that was killed
+        self.killed: JobResult | None = None  # the newest child that was
 
     def run(self) -> Any:
         if eager.mixes(self.gm, self.graph_kwargs, uncompiled=False):
             return self._eager()
         if self.scheme.mode == "normal":
             return self._in_process("mode_normal")
-        key = identity.graph_digest(self.gm, self.example_inputs)
+        facts = identity.made_for(self.policy, _target(self.gm, self.example_inputs))
+        key = identity.quarantine_key(self.gm, self.example_inputs, facts)
         if (entry := self.scheme.quarantine.get(key)) is not None:
             return self._quarantined(entry)
         step: Step | fallback.ChildStep = "first"
@@ -145,7 +160,7 @@ class _Compile:
                     self.recorder.reason("mode_serialize")
                 return output
             if result.status in KILLERS:
-                self.last_job = result.job_id
+                self.killed = result
             self.history.append(fallback.Attempt(step=step, status=result.status))
             history = tuple(self.history)
             log.log(
@@ -160,20 +175,23 @@ class _Compile:
             step = fallback.decide(self.policy, result.status, history)
             self.recorder.fallback(step)
             if step in ("in_process", "eager", "raise"):
-                self._remember(key)
+                self._remember(key, facts)
 
-    def _remember(self, key: str) -> None:
+    def _remember(self, key: str, facts: dict[str, str]) -> None:
         """No child made it: if one was killed, no later compile of this graph tries again."""
         killer = next((attempt for attempt in self.history if attempt.status in KILLERS), None)
-        if killer is not None:
-            self.scheme.quarantine.add(key, killer.status, self.last_job)
+        if killer is not None and self.killed is not None:
+            self.scheme.quarantine.add(key, killer.status, self.killed.job_id, self.name, self.killed.detail, facts)
 
     def _quarantined(self, entry: Entry) -> Any:
         """A graph that has killed a child gets no second one."""
         step = fallback.decide_quarantined(self.policy, entry.status)
         self.recorder.fallback("quarantined")
         self.recorder.fallback(step)
-        detail = f"{self.name} is in quarantine: {entry.job_id} ended with {entry.status.value}"
+        detail = (
+            f"{self.name} is in quarantine since {entry.since:%Y-%m-%d %H:%M} UTC: {printable(entry.job_id)} ended "
+            f"with {entry.status.value} (sandbox quarantine show {entry.digest[:12]})"
+        )
         self.scheme.warn_once(entry.digest, f"{detail}; next: {step}")
         if step == "eager":
             return self._eager(self._no_child(entry.status, detail, entry.job_id))
