@@ -38,6 +38,8 @@ EXIT_MEMORY = 123
 MAX_LEAKS = 1000
 #: Descriptors held back from the job, a count: a job that has used up all others can still reply.
 RESERVED_FDS = 8
+#: Has a worker print its Python stacks, as a JVM does; one that has set it otherwise does something else.
+STACKS_SIGNAL = signal.SIGQUIT
 #: Seconds that the parent may take to send the whole request, and to read the whole reply.
 RECEIVE_SECONDS = 60.0
 SEND_SECONDS = 600.0
@@ -246,6 +248,8 @@ def _plain_signals() -> None:
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     faulthandler.enable()
+    # The keeper asks with it for the stacks of a worker that hangs; it never meant anything to a compiler.
+    faulthandler.register(STACKS_SIGNAL)
 
 
 def _standard_streams(stderr_fd: int) -> None:

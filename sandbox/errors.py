@@ -8,6 +8,7 @@
     ├── EnforcementError             a mechanism that the policy requires is unavailable on this host
     ├── QuarantineError              the quarantine's folder or one of its files cannot be used
     ├── UnserializableError          a graph cannot be sent to a child
+    ├── CapsuleError                 a crash capsule cannot be read, or not left where the policy says
     ├── IncompatibleTorchError       this PyTorch lacks a private name that we build on
     └── CompileFailed                a compile ended with a status for which the policy says ``raise``
 
@@ -52,6 +53,10 @@ class UnserializableError(SandboxError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+class CapsuleError(SandboxError):
+    """A crash capsule cannot be read, or not be left where the policy says."""
 
 
 class IncompatibleTorchError(SandboxError):

@@ -19,6 +19,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandbox.capsule import Writer
 from sandbox.errors import ForkserverError, SandboxError
 from sandbox.forkserver import Forkserver
 from sandbox.jobs import Job
@@ -62,6 +63,7 @@ class Sandbox:
         self._own_cache = self._forkserver.root.path / "cache"
         self._cache = cache
         self._slots = self.policy.parallel_jobs or usable_cores()
+        self._capsules = Writer(self.policy, self.recorder.swallowed)
         self._lock = threading.Lock()
         self._tasks: dict[str, _Task] = {}
         self._pending: deque[_Task] = deque()
@@ -167,13 +169,7 @@ class Sandbox:
 
     def environment(self) -> dict[str, str]:
         """What a child may see of this process's environment now, by the policy's allow-list."""
-        exact = {name for name in self.policy.environment if not name.endswith("*")}
-        prefixes = tuple(name[:-1] for name in self.policy.environment if name.endswith("*"))
-        return {
-            name: value
-            for name, value in os.environ.items()
-            if name in exact or (prefixes and name.startswith(prefixes))
-        }
+        return self.policy.allowed(os.environ)
 
     def close(self) -> None:
         """Cancel what runs, end the forkserver, remove every temporary file. Idempotent; takes seconds at most."""
@@ -193,6 +189,7 @@ class Sandbox:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         self._forkserver.close()
+        self._capsules.close(max(1.0, deadline - time.monotonic()))
 
     def _filled(self, job: Job) -> Job:
         """The job with the policy's word for all that its maker left out."""
@@ -228,12 +225,15 @@ class Sandbox:
     def _settle(self, task: _Task, result: JobResult) -> None:
         with self._lock:
             self._tasks.pop(task.job.spec.job_id, None)
+        if (folder := self._capsules.place(result)) is not None:
+            result = result.model_copy(update={"capsule": str(folder)})
         try:
             self.recorder.job(result, task.name, task.step)
         except Exception as error:  # noqa: BLE001 - a report that cannot be written must not keep the answer back
             self.recorder.swallowed(error)
         with contextlib.suppress(InvalidStateError):  # its owner has cancelled the future, and so has an answer
             task.future.set_result(result)
+        self._capsules.leave(task.job, result, task.name, task.step)
 
     def _run(self, task: _Task) -> JobResult:
         if not task.future.set_running_or_notify_cancel():

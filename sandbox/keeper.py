@@ -22,7 +22,7 @@ from sandbox import child, ledger, scratch
 from sandbox.enforce import prepare_keeper
 from sandbox.errors import EnforcementError, WireError
 from sandbox.limits import Confinement
-from sandbox.processes import descendants, kill_tree, reap
+from sandbox.processes import descendants, kill_tree, read_stat, reap
 from sandbox.results import Enforcement, Leak, Mechanism, State, printable
 from sandbox.wire import Exited, KeeperReady, send_frame
 
@@ -30,6 +30,10 @@ from sandbox.wire import Exited, KeeperReady, send_frame
 SEND_SECONDS = 5.0
 #: Seconds between two looks at what the job holds in a /dev/shm that it shares with the host.
 LOOK_SECONDS = 0.25
+#: Order of the parent to kill; with the other one, the worker first prints its stacks.
+KILL, KILL_WITH_STACKS = b"K", b"S"
+#: Seconds that a worker has to print its stacks, before it is killed.
+STACKS_SECONDS = 0.1
 #: Seconds for the kill of the whole tree; a tree that forks as fast as it can takes the longest.
 KILL_SECONDS = 10.0
 
@@ -168,8 +172,18 @@ def _wait(parent: socket.socket, wake_read: int, tree: _Tree) -> None:
                     order = b""  # the parent died with our word unread
                 tree.ordered = True
                 tree.orphaned = not order
+                if order == KILL_WITH_STACKS:
+                    _print_stacks(tree.worker, wake_read)
                 return
         reap(tree.note)
+
+
+def _print_stacks(worker: int, wake_read: int) -> None:
+    """Have the worker say where it hangs. One that is stopped cannot; one that ends meanwhile is not waited for."""
+    stat = read_stat(worker)
+    if stat is not None and not stat.dead and stat.state not in "Tt":
+        os.kill(worker, child.STACKS_SIGNAL)  # our own child: the pid is not free before we reap it
+        select.select([wake_read], [], [], STACKS_SECONDS)
 
 
 def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:

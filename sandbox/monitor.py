@@ -34,6 +34,7 @@ from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelop
 from sandbox.errors import WireError
 from sandbox.forkserver import Forkserver, Keeper, socket_pair
 from sandbox.jobs import CallableSpec, Job
+from sandbox.keeper import KILL, KILL_WITH_STACKS
 from sandbox.meter import TreeMeter, can_read_exactly, survey
 from sandbox.processes import kill_tree, read_stat
 from sandbox.results import Artifact, Enforcement, JobResult, Leak, LeakReport, Mechanism, State, Status, Usage
@@ -94,8 +95,9 @@ class _Watch:
         if self.kill_deadline is None:
             self.kill_deadline = time.monotonic() + KILL_SECONDS
             self.seen.ordered = True
+            runs_on = self.seen.cause is not None and self.seen.cause[0] in (Status.TIMEOUT, Status.CPU_LIMIT)
             with contextlib.suppress(OSError):
-                self.keeper.send(b"K")
+                self.keeper.send(KILL_WITH_STACKS if runs_on else KILL)
 
 
 class Cancel:

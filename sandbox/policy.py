@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sandbox.errors import PolicyError
 from sandbox.explain import closest, explain
 from sandbox.jobs import Scalar
-from sandbox.limits import GIB, Confinement, Limits, Seconds
+from sandbox.limits import GIB, MIB, Confinement, Limits, Seconds
 from sandbox.results import KILLERS, Status
 
+
+def _failed(status: Status) -> Status:
+    if status is Status.OK:
+        raise ValueError(f"only failures leave a capsule; allowed: {', '.join(sorted(set(Status) - {Status.OK}))}")
+    return status
+
+
 Step = Literal["retry", "reduced", "in_process", "eager", "raise"]
+FailedStatus = Annotated[Status, AfterValidator(_failed)]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]
 
 
@@ -57,6 +66,26 @@ class Ladder(_Model):
     def steps(self, status: Status) -> tuple[Step, ...]:
         """The steps for ``status``. `ok` has none."""
         return () if status is Status.OK else getattr(self, status.value)
+
+
+class CapsuleSettings(_Model):
+    """The crash capsule: a folder that a failed job leaves, for `sandbox replay`."""
+
+    statuses: tuple[FailedStatus, ...] = (
+        Status.CRASHED, Status.TIMEOUT, Status.CPU_LIMIT, Status.MEMORY_LIMIT, Status.OUTPUT_LIMIT, Status.VIOLATION,
+        Status.PROTOCOL_ERROR,
+    )  # fmt: skip
+    """Which failures leave one."""
+    keep: Annotated[int, Field(ge=0, le=10_000)] = 20
+    """Capsules that are kept, a count; the oldest are removed. 0 means that none is left. A capsule holds what the
+    job was sent: the graph with its constants, or a function with its arguments."""
+    max_bytes: Annotated[int, Field(ge=MIB, le=1 << 40)] = 16 * MIB
+    """Size of one capsule, in bytes. When hit: the payload is left out, and the capsule says so; it can be read, not
+    replayed."""
+    folder: Annotated[str, Field(pattern=r"^([/~].*)?$")] = ""
+    """Where they are left, an absolute path or one that begins with `~`. Empty means
+    `torch-compile-sandbox/capsules` in the user's cache folder ($XDG_CACHE_HOME, or else ~/.cache). Made with mode
+    0700; a folder that others may write to is not used."""
 
 
 class ForkserverSettings(_Model):
@@ -124,6 +153,8 @@ class Policy(_Model):
     """The warm template process."""
     quarantine: QuarantineSettings = QuarantineSettings()
     """The memory of graphs that have killed a child."""
+    capsule: CapsuleSettings = CapsuleSettings()
+    """What a failed job leaves for `sandbox replay`."""
     reduced: dict[str, Scalar] = {
         "max_autotune": False,
         "max_autotune_gemm": False,
@@ -132,6 +163,12 @@ class Policy(_Model):
         "cpp.max_horizontal_fusion_size": 1,
     }
     """Inductor settings of the ladder's step `reduced`, by dotted name under `torch._inductor.config`."""
+
+    def allowed(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """Those of ``variables`` that `environment` lets through."""
+        exact = {name for name in self.environment if not name.endswith("*")}
+        prefixes = tuple(name[:-1] for name in self.environment if name.endswith("*"))
+        return {name: value for name, value in variables.items() if name in exact or name.startswith(prefixes)}
 
     @model_validator(mode="after")
     def _no_silent_weakening(self) -> Policy:

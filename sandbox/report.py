@@ -31,6 +31,8 @@ class JobRow(_Model):
     leaks: int
     artifacts: int
     enforcement: dict[str, str]
+    capsule: str = ""
+    """Folder of its crash capsule; empty if it has none."""
 
 
 class Stats(_Model):
@@ -120,6 +122,7 @@ class Recorder:
             leaks=len(result.leaks.leaks),
             artifacts=len(result.artifacts),
             enforcement=states,
+            capsule=result.capsule,
         )
         with self._lock:
             self._outcomes[result.status.value] += 1

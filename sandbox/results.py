@@ -52,6 +52,8 @@ def printable(text: str, limit: int = 2000) -> str:
 class Usage(_Model):
     """What a job used."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     wall_seconds: float = 0.0
     """From the fork until the whole process tree has ended and its artifacts are taken over, in seconds."""
 
@@ -64,10 +66,10 @@ class Usage(_Model):
     cpu_seconds: float = 0.0
     """User and system CPU time of the process tree, in seconds."""
 
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Highest private memory of the process tree that the watchdog saw, in bytes."""
 
-    stderr_bytes: int = 0
+    stderr_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Bytes written to stdout and stderr in all; the result keeps a bounded tail."""
 
 
@@ -185,6 +187,9 @@ class JobResult(_Model):
     stderr_tail: str = ""
     leaks: LeakReport
     enforcement: Enforcement = Enforcement()
+    capsule: str = ""
+    """Folder of the job's crash capsule; empty if the policy wants none. It is written in the background, so it
+    appears a little later, or never if the disk is full: that is counted in `Stats.swallowed`."""
 
     @property
     def ok(self) -> bool:

@@ -15,7 +15,7 @@ import pytest
 
 import sandbox
 from sandbox import ledger
-from sandbox.policy import ForkserverSettings, Policy
+from sandbox.policy import CapsuleSettings, ForkserverSettings, Policy
 
 HERE = Path(__file__).parent
 # The template imports `faultpoints` from here; it takes over this process's search path.
@@ -95,7 +95,7 @@ def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The user's own quarantine is neither read nor written; that of fixtures above a test is the run's."""
+    """The user's own quarantine and capsules are not touched; those of fixtures above a test are the run's."""
     before = os.environ.get("XDG_CACHE_HOME")
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
@@ -113,7 +113,11 @@ def _own_quarantine(cache_homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def light_policy(**changes: object) -> Policy:
     """A policy whose template has no torch: it starts in 0.2 s, for tests of the process machinery."""
-    settings = {"forkserver": ForkserverSettings(import_torch=False, preload=("faultpoints",)), **changes}
+    settings = {
+        "forkserver": ForkserverSettings(import_torch=False, preload=("faultpoints",)),
+        "capsule": CapsuleSettings(keep=0),
+        **changes,
+    }
     return Policy(name="light", environment=("PATH", "LANG", "SANDBOX_TEST_*"), **settings)
 
 

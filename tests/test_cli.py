@@ -75,6 +75,7 @@ def script(folder: Path, text: str, name: str = "script.py") -> Path:
         ["bench"],
         ["quarantine"],
         ["quarantine", "clear"],
+        ["replay"],
     ],
 )
 def test_help_is_quick_and_needs_no_torch(command: list[str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ LAYERS = """
     jobs                          # what is to be done
     artifacts ledger meter        # files handed back; what is held; what is used
     policy                        # what is allowed
+    capsule                       # what a failed job leaves
     fallback quarantine report    # the decision, the memory of killers, the counts
     quarantine_files
 
@@ -61,7 +62,7 @@ LAYERS = """
 
     cli.output cli.models cli.bench_graphs
     cli.program cli.policy cli.quarantine cli.check cli.bench_worker
-    cli.doctor cli.bench cli.run cli.demo
+    cli.doctor cli.bench cli.run cli.demo cli.replay
     cli
     __main__
 """

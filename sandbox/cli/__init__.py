@@ -2,7 +2,8 @@
 
     __init__   the parser and `main`
     output     errors, JSON, tables: what all commands share
-    policy     doctor     quarantine     run (program)     demo (models, check)     bench (bench_worker, bench_graphs)
+    policy     doctor     quarantine     replay     run (program)     demo (models, check)
+    bench (bench_worker, bench_graphs)
 
 No module here imports torch at its top: `sandbox --help` and `sandbox policy` answer at once.
 """
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from sandbox.cli import bench, demo, doctor, policy, quarantine, run
+from sandbox.cli import bench, demo, doctor, policy, quarantine, replay, run
 from sandbox.cli.output import user_errors
 
 _DESCRIPTION: Final = """\
@@ -26,6 +27,7 @@ a first tour:
   sandbox doctor                              what can be enforced on this host
   sandbox demo                                real models, every graph compiled in a child, compared with eager
   sandbox run --report r.json -- script.py    any script, unchanged
+  sandbox replay CAPSULE                      what a failed job has left, run again in a child
   sandbox policy show default                 what a policy says, with every key explained
 
 exit codes of all commands (`run` instead gives the script's own):
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
     top.add_argument("--version", action="version", version=f"sandbox {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, run, doctor, policy, quarantine, bench):
+    for module in (demo, run, doctor, policy, quarantine, replay, bench):
         module.add(commands)
     return top
 

@@ -165,11 +165,12 @@ class _Compile:
             history = tuple(self.history)
             log.log(
                 logging.INFO if result.status is Status.COMPILE_ERROR else logging.WARNING,
-                "%s: %s: %s: %s",
+                "%s: %s: %s: %s%s",
                 self.name,
                 result.job_id,
                 result.detail,
                 fallback.explain(self.policy, result.status, history),
+                f"; crash capsule: {result.capsule}" if result.capsule else "",
                 extra={"job_id": result.job_id},
             )
             step = fallback.decide(self.policy, result.status, history)
@@ -315,7 +316,9 @@ class _Compile:
             error = failures.rebuild_exception(result.failure)
             error.add_note(f"raised in the sandboxed child of {result.job_id}")
             return error
-        error = CompileFailed(result.status.value, result.detail, result.job_id)
+        # In the message, not a note: of an exception that a backend raises Dynamo shows no notes.
+        again = f" (to run it again: sandbox replay {result.capsule})" if result.capsule else ""
+        error = CompileFailed(result.status.value, result.detail + again, result.job_id)
         if result.stderr_tail:
             words = "\n".join(printable(line) for line in result.stderr_tail[-4000:].splitlines())
             error.add_note(f"the child's last words:\n{words}")
