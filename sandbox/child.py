@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,9 @@ from sandbox.enforce import confine_worker
 from sandbox.enforce.privileges import die_with_parent
 from sandbox.errors import EnforcementError, JobError, UnserializableError, WireError
 from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, parse_spec
-from sandbox.results import Artifact, Enforcement, Failure, Status
+from sandbox.origins import Origins
+from sandbox.results import OWN_LEAKS, Artifact, Enforcement, Failure, Leak, Status
+from sandbox.trackers import Registrations
 from sandbox.wire import MAX_DETAIL, Frame, Reply, Started, clip, recv_frame, safe_dumps, send_frame
 
 #: Exit codes of a worker that could not even reply. Outside the range that compilers use.
@@ -36,6 +39,8 @@ EXIT_NO_PARENT = 122
 EXIT_MEMORY = 123
 #: Leaks of one worker that are told, a count at most: the envelope has an end.
 MAX_LEAKS = 1000
+#: Call stacks of what the keeper tells of, in one reply, a count at most.
+MAX_ORIGINS = 500
 #: Descriptors held back from the job, a count: a job that has used up all others can still reply.
 RESERVED_FDS = 8
 #: Has a worker print its Python stacks, as a JVM does; one that has set it otherwise does something else.
@@ -94,6 +99,10 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) 
     start_seconds = time.monotonic() - started
     send_frame(channel, Started(job_id=job_id, enforcement=Enforcement(mechanisms=mechanisms)), b"", SEND_SECONDS)
     before = ledger.take(ipc=False)
+    registrations, origins = Registrations(), Origins()
+    registrations.watch()
+    if spec.trace_leaks:
+        origins.trace()
     reserved = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FDS)]
     status, detail, failure, value = Status.OK, "", None, b""
     doing: Callable[[BaseException], tuple[Status, str]] = _unserializable
@@ -112,11 +121,7 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) 
             traceback.clear_frames(cause.__traceback__)
     for fd in reserved:
         os.close(fd)
-    # Processes and what lies in the kernel are the keeper's to tell, once all are dead.
-    found = ledger.compare(before, ledger.take(ipc=False), "child")
-    # A CUDA context opens hundreds of descriptors and some threads, for as long as its process lives: no leaks.
-    told = () if spec.gpu else ("fd", "thread")
-    leaks = tuple(leak for leak in found if leak.kind in told)[:MAX_LEAKS]
+    leaks = own_leaks(spec, before, registrations, origins)
     files = collect(scratch) if status is Status.OK else ()
     reply = Reply(
         job_id=job_id,
@@ -125,6 +130,8 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) 
         failure=failure,
         artifacts=files,
         leaks=leaks,
+        # Processes and what lies in the kernel are the keeper's to tell, once all are dead.
+        origins=dict(list(origins.below((str(scratch), ledger.SHM)).items())[:MAX_ORIGINS]),
         start_seconds=start_seconds,
     )
     try:
@@ -166,6 +173,22 @@ def run(function: Callable[[], Any]) -> Any:
 def collect(scratch: Path) -> tuple[Artifact, ...]:
     """The manifest of the files that the job hands back."""
     return artifacts.manifest(scratch / artifacts.FOLDER)
+
+
+def own_leaks(spec: Spec, before: ledger.Snapshot, registrations: Registrations, origins: Origins) -> tuple[Leak, ...]:
+    """What the job has left open in this process. All of it ends with the process, which the keeper sees to."""
+    found = []
+    for held in ledger.differences(before, ledger.take(ipc=False)):
+        # A CUDA context holds hundreds of descriptors, some threads and maps, as long as its process lives: no leaks.
+        if held.kind in OWN_LEAKS and (not spec.gpu or held.kind == "zombie"):
+            stack = origins.of(held.text)
+            if held.thread is not None and (thread := ledger.python_thread(held.thread))[0]:
+                held = replace(held, text=f"{held.text}, Python's {thread[0]!r}")
+                stack = stack or thread[1]
+            found.append(held.leak("child", reclaimed=True, stack=stack))
+    for name, kind in registrations.names.items():
+        found.append(ledger.Held("tracked_resource", f"{kind} {name}").leak("child", reclaimed=True))
+    return tuple(found[:MAX_LEAKS])
 
 
 def send_reply(channel: socket.socket, reply: Reply, value: bytes) -> None:

@@ -31,6 +31,7 @@ def _claimable(status: Status) -> Status:
 # strict=False on the outside only: our own code may hand over a status's value or a list, JSON is the same either way.
 ChildStatus = Annotated[Status, Field(strict=False), AfterValidator(_claimable)]
 Leaks = Annotated[tuple[Leak, ...], Field(strict=False, max_length=10_000)]
+Origins = Annotated[dict[str, tuple[str, ...]], Field(max_length=1000)]
 Artifacts = Annotated[tuple[Artifact, ...], Field(strict=False, max_length=100_000)]
 
 
@@ -63,6 +64,8 @@ class Reply(_Envelope):
     """The files handed back; the envelope's 4 MiB hold about 25,000."""
     leaks: Leaks = ()
     """What the child saw left over in itself."""
+    origins: Origins = {}
+    """With `trace_leaks`: where files and semaphores that still have a name were made, a call stack by name."""
     start_seconds: Seconds = 0.0
     """From the child's start until it had validated its spec and confined itself, in seconds."""
 

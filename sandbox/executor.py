@@ -188,6 +188,7 @@ class Sandbox:
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
+                self._forkserver.tell_running(thread)
         self._forkserver.close()
         self._capsules.close(max(1.0, deadline - time.monotonic()))
 
@@ -196,6 +197,7 @@ class Sandbox:
         policy = {
             "limits": self.policy.limits,
             "confinement": self.policy.confinement,
+            "trace_leaks": self.policy.trace_leaks,
             "environment": self.environment(),
         }
         missing = {name: value for name, value in policy.items() if name not in job.spec.model_fields_set}

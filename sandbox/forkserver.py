@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sandbox import ledger
 from sandbox.errors import ForkserverError
 from sandbox.policy import Policy
 from sandbox.processes import read_stat
@@ -31,6 +32,8 @@ from sandbox.template import MAX_MESSAGE
 
 #: Seconds until a template that was told to leave is killed.
 LEAVE_SECONDS = 2.0
+#: Leaks of the template and of this process that are kept for the report, a count.
+MAX_LEAKS = 1000
 #: A template that lived shorter than this, in seconds, is not started again before a job asks for it.
 MIN_LIFE_SECONDS = 5.0
 _START = "import sys; sys.path[:] = {path!r}; from sandbox.template import main; main({fd})"
@@ -89,7 +92,7 @@ class Forkserver:
         self.starts = 0
         self.forks = 0
         self.strays = 0
-        self._most_fds = 0
+        self._leaks: dict[str, Leak] = {}
         self.facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
 
@@ -156,17 +159,29 @@ class Forkserver:
         if answer.get("event") != "forked" or answer.get("job_id") != job_id:
             raise ForkserverError(f"the forkserver refused: {answer.get('reason', answer)}")
         self.forks += 1
-        self._most_fds = max(self._most_fds, int(answer["fds"]) - int(self.facts.get("fds", answer["fds"])))
         return Keeper(int(answer["pid"]), int(answer["start_ticks"]))
 
     def leaks(self) -> tuple[Leak, ...]:
         """What the template, or this process on its behalf, holds that it should not: told, never touched."""
-        found = []
-        if self._most_fds > 0:
-            found.append(Leak(kind="fd", object=f"{self._most_fds} more", owner="forkserver", reclaimed=False))
+        with self._change:
+            found = tuple(self._leaks.values())
         if self.strays:
-            found.append(Leak(kind="process", object=f"{self.strays} strays", owner="forkserver", reclaimed=True))
-        return tuple(found)
+            strays = Leak(kind="orphan", object=f"{self.strays} strays", owner="forkserver", reclaimed=True)
+            return (*found, strays)
+        return found
+
+    def tell(self, leak: Leak) -> None:
+        """Keep a leak of ours for the report; the first 1,000 are kept, each once."""
+        with self._change:
+            if len(self._leaks) < MAX_LEAKS:
+                self._leaks.setdefault(leak.object, leak)
+
+    def tell_running(self, thread: threading.Thread) -> None:
+        """Tell of a thread of ours that should have ended by now, and where it is, if it has not."""
+        if thread.is_alive() and thread.native_id is not None:
+            name, stack = ledger.python_thread(thread.native_id)
+            text = f"thread {thread.native_id}, Python's {name!r}"
+            self.tell(Leak(kind="thread", object=text, owner="parent", reclaimed=False, stack=stack))
 
     def sweep(self) -> None:
         """Have the template, if it lives, kill the processes that reached it from dead keepers."""
@@ -176,7 +191,7 @@ class Forkserver:
                 self._ask({"op": "inspect"}, (), self._policy.forkserver.fork_timeout_seconds)
 
     def inspect(self) -> dict[str, Any]:
-        """Threads, open descriptors and killed strays of the template, after it has killed strays."""
+        """Threads, leaks and killed strays of the template, after it has killed strays."""
         self.wait_ready()
         return self._ask({"op": "inspect"}, (), self._policy.forkserver.fork_timeout_seconds)
 
@@ -202,7 +217,9 @@ class Forkserver:
         if thread is not None and thread is not threading.current_thread():
             # It notices the end of the template, or that a start is no longer wanted.
             thread.join(LEAVE_SECONDS)
-        self.root.remove()
+            self.tell_running(thread)
+        for text in self.root.remove():
+            self.tell(Leak(kind="temp_file", object=text[:300], owner="parent", reclaimed=False))
 
     def _ask(self, request: dict[str, Any], fds: Sequence[int], seconds: float) -> dict[str, Any]:
         with self._fork_lock:
@@ -218,6 +235,10 @@ class Forkserver:
                 answer = json.loads(control.recv(MAX_MESSAGE) or b"null")
                 if isinstance(answer, dict):
                     self.strays += int(answer.get("strays", 0))
+                    for text, kind in answer.get("leaks", {}).items():
+                        self.tell(
+                            Leak(kind=kind, object=f"{text} of pid {process.pid}", owner="forkserver", reclaimed=False)
+                        )
                     return answer
                 problem = "the forkserver died"
             except TimeoutError:

@@ -72,6 +72,10 @@ class _JobBase(_Model):
     trace: TraceContext | None = None
     """The caller's trace."""
 
+    trace_leaks: bool = False
+    """Whether the child notes where descriptors, files, semaphores and threads are made, so that leaks can tell it. If
+    it is not given, `Sandbox.submit` fills in the policy's."""
+
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
     """The whole environment of the child, already reduced to the policy's allow-list. If it is not given,
     `Sandbox.submit` fills in what the policy lets through."""

@@ -22,7 +22,8 @@ from sandbox import child, ledger, scratch
 from sandbox.enforce import prepare_keeper
 from sandbox.errors import EnforcementError, WireError
 from sandbox.limits import Confinement
-from sandbox.processes import descendants, kill_tree, read_stat, reap
+from sandbox.processes import Process, descendants, kill_tree, read_stat, reap
+from sandbox.reclaim import Evidence, mapped_inodes, reclaim
 from sandbox.results import Enforcement, Leak, Mechanism, State, printable
 from sandbox.wire import Exited, KeeperReady, send_frame
 
@@ -145,7 +146,7 @@ class _Tree:
         if not self.has("mount_namespace"):
             pids = {process.pid for process in descendants(os.getpid())}
             self.pids |= pids
-            self.inodes |= ledger.mapped_inodes(pids)
+            self.inodes |= mapped_inodes(pids)
 
     def has(self, mechanism: str) -> bool:
         """Whether a mechanism is fully enforced on this job."""
@@ -192,24 +193,36 @@ def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:
     pids = {process.pid for process in left}
     tree.pids |= pids
     tree.look()
+    # Whom the parent has ordered to be killed has left nothing behind.
+    survivors = [] if tree.ordered else _survivors(left, tree.worker)
     kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
     after = ledger.take(folders=(folder / "tmp",))
-    evidence = ledger.Evidence(
+    evidence = Evidence(
         own_shm=tree.has("mount_namespace"),
         own_ipc=tree.has("ipc_namespace"),
         own_folders=True,
         pids=frozenset(tree.pids),
         inodes=frozenset(tree.inodes),
     )
-    # Descriptors and processes of the keeper itself are not the job's.
-    held = [each for each in ledger.differences(before, after) if each.kind not in ("fd", "process", "thread")]
-    leaks = list(ledger.reclaim(held, evidence))
-    if not tree.ordered:
-        survivors = (process for process in left if process.pid != tree.worker)
-        leaks += [
-            Leak(kind="process", object=f"pid {p.pid} {p.command}", owner="child", reclaimed=True) for p in survivors
-        ]
-    return leaks
+    # All else is of the keeper itself, not of the job.
+    held = [each for each in ledger.differences(before, after) if each.kind in ledger.KERNEL_LEAKS]
+    return [*survivors, *reclaim(held, evidence)]
+
+
+def _survivors(left: list[Process], worker: int) -> list[Leak]:
+    """The processes that outlived the worker, and what they hold of a GPU. They are killed next."""
+    found = []
+    pids = {process.pid for process in left} - {worker}
+    for process in left:
+        if process.pid == worker:
+            continue
+        text = f"pid {process.pid} ({process.command})"
+        held = [ledger.Held("process" if process.ppid in pids else "orphan", text)]
+        for fd, target in ledger.descriptors(process.pid).items():
+            if (kind := ledger.fd_kind(target)) in ("gpu_handle", "cuda_context"):
+                held.append(ledger.Held(kind, f"{ledger.fd_text(fd, target)} of {text}"))
+        found += [each.leak("child", reclaimed=True) for each in held]
+    return found
 
 
 def _keep_only(keep: set[int]) -> None:

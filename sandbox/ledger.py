@@ -1,38 +1,63 @@
-"""What is held: a snapshot before a job, one after it, and what is still there that was not.
+"""What is held: a snapshot before, one after, and what is there that was not.
 
-Attribution is the hard part. In namespaces of its own everything a job leaves is its own, and ends with them. In
-namespaces shared with other processes only what is *proven* to be the job's is touched: a file in /dev/shm whose
-inode a process of the job was seen to hold, a SysV object whose creator or only user was a process of the job. What
-ends with its process anyway (memfd, anonymous mappings, descriptors) is not looked for after the process is dead.
+The worker looks at itself: descriptors, threads, maps of deleted files, zombies, registrations at a resource tracker.
+All of that ends with its process. The keeper looks at what may not: names in /dev/shm, SysV objects, files, processes;
+:mod:`sandbox.reclaim` says which of it is the job's, and removes it. The template looks at itself between forks.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import stat as stat_module
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Final, Literal
 
-from sandbox import processes
+from sandbox.processes import Process, walk
 from sandbox.results import Leak, LeakKind, printable
 
 SHM: Final = "/dev/shm"
 #: Files told by name below each folder; more are told as one count.
 MAX_FILES: Final = 1000
-
-Owner = Literal["child", "forkserver", "parent"]
 #: Characters of one leak's description, at most.
 MAX_TEXT: Final = 300
+#: Frames of one call stack, the innermost ones, at most.
+MAX_FRAMES: Final = 16
+
+Owner = Literal["child", "forkserver", "parent"]
 SysvKind = Literal["sem", "shm", "msg"]
 _LEAK_KINDS: Final[dict[SysvKind, LeakKind]] = {
     "sem": "sysv_semaphore",
     "shm": "shared_memory",
     "msg": "message_queue",
 }
+#: What may outlive the process that made it.
+KERNEL_LEAKS: Final[frozenset[LeakKind]] = frozenset(
+    {"posix_semaphore", "sysv_semaphore", "shared_memory", "message_queue", "temp_file"}
+)
+#: Which kind a descriptor is, by the beginning of what /proc/PID/fd says of it; all others are `fd`.
+_FD_KINDS: Final[tuple[tuple[str, LeakKind], ...]] = (
+    ("socket:", "socket"),
+    ("pipe:", "pipe"),
+    ("anon_inode:[eventfd", "eventfd"),
+    ("anon_inode:[eventpoll", "epoll"),
+    ("anon_inode:[timerfd", "timerfd"),
+    ("anon_inode:[signalfd", "signalfd"),
+    ("anon_inode:inotify", "inotify"),
+    ("anon_inode:[pidfd", "pidfd"),
+    ("pidfd:", "pidfd"),  # since Linux 6.9
+    ("/memfd:", "memfd"),
+    # The unified memory of a process is there as long as its CUDA context.
+    ("/dev/nvidia-uvm", "cuda_context"),
+    ("/dev/nvidia", "gpu_handle"),
+)
+#: Maps that are "(deleted)" by their nature: anonymous shared memory, rings of asynchronous I/O, and the semaphore
+#: behind each lock of `multiprocessing`, which has a name only for a moment.
+_ANONYMOUS: Final = (b"/dev/zero", b"/[aio]", b"/dev/shm/sem.")
 Inode = tuple[int, int]
 """Device and inode number."""
 
@@ -75,25 +100,13 @@ class Snapshot:
     """Path to inode of every file below the given folders, at most ``MAX_FILES`` a folder."""
     more_files: Mapping[str, int] = field(default_factory=dict)
     """Files that were only counted, by folder; the count stops at 100,000."""
-    processes: Mapping[tuple[int, int], processes.Process] = field(default_factory=dict)
+    processes: Mapping[tuple[int, int], Process] = field(default_factory=dict)
     """Live processes below, by pid and start time."""
+    zombies: Mapping[tuple[int, int], Process] = field(default_factory=dict)
+    """Children that have ended and that the process has not waited for."""
     threads: Mapping[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What proves that something is the job's."""
-
-    own_shm: bool = False
-    """The job has a /dev/shm of its own, mounted in its own mount namespace."""
-    own_ipc: bool = False
-    """The job has an IPC namespace of its own."""
-    own_folders: bool = False
-    """The folders of the snapshot are the job's own and will be removed."""
-    pids: frozenset[int] = frozenset()
-    """Every pid that was seen in the job's tree (`TreeMeter.seen`), none of them alive any more."""
-    inodes: frozenset[Inode] = frozenset()
-    """Inodes in /dev/shm that processes of the job were seen to hold (:func:`mapped_inodes`)."""
+    deleted_maps: frozenset[tuple[int, str]] = frozenset()
+    """Inode and path of mapped files that have no name any more."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +115,14 @@ class Held:
 
     kind: LeakKind
     text: str
-    handle: PosixObject | SysvObject | processes.Process | None = None
+    handle: PosixObject | SysvObject | Process | None = None
+    thread: int | None = None
+    """The kernel's number of a thread."""
 
-    def leak(self, owner: Owner, reclaimed: bool = False) -> Leak:
+    def leak(self, owner: Owner, reclaimed: bool = False, stack: tuple[str, ...] = ()) -> Leak:
         """The entry of a leak report."""
-        return Leak(kind=self.kind, object=printable(self.text, MAX_TEXT), owner=owner, reclaimed=reclaimed)
+        text = printable(self.text, MAX_TEXT)
+        return Leak(kind=self.kind, object=text, owner=owner, reclaimed=reclaimed, stack=stack)
 
 
 def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = True) -> Snapshot:
@@ -115,7 +131,9 @@ def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = Tru
     /dev/shm and the SysV objects are those of the namespaces of the *calling* process: for a job in namespaces of
     its own, call it in the keeper.
     """
-    target = os.getpid() if pid is None else pid
+    # By this number /proc knows us, also if it is that of another PID namespace than ours.
+    target = int(os.readlink("/proc/self")) if pid is None else pid
+    below = [stat for stat in walk(target) if stat.pid != target]
     files: dict[str, Inode] = {}
     more: dict[str, int] = {}
     for folder in folders:
@@ -124,13 +142,15 @@ def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = Tru
         if rest:
             more[str(folder)] = rest
     return Snapshot(
-        fds=_fds(target),
+        fds=descriptors(target),
         posix=_posix() if ipc else {},
         sysv={(found.kind, found.id): found for found in _sysv()} if ipc else {},
         files=files,
         more_files=more,
-        processes={(p.pid, p.start_ticks): p for p in processes.descendants(target)},
+        processes={stat.key: stat.process for stat in below if not stat.dead},
+        zombies={stat.key: stat.process for stat in below if stat.dead and stat.ppid == target},
         threads=_threads(target),
+        deleted_maps=_deleted_maps(target),
     )
 
 
@@ -143,78 +163,16 @@ def compare(before: Snapshot, after: Snapshot, owner: Owner) -> tuple[Leak, ...]
     """As :func:`differences`, as entries of a leak report, nothing reclaimed.
 
     For a process of its own namespaces, or where other processes of the host are known to be quiet: in shared
-    namespaces it also tells of what others have made meanwhile. :func:`reclaim` tells only what is proven.
+    namespaces it also tells of what others have made meanwhile. :func:`sandbox.reclaim.reclaim` tells only what is
+    proven.
     """
     return tuple(held.leak(owner) for held in _differences(before, after))
-
-
-def reclaim(held: Iterable[Held], evidence: Evidence) -> tuple[Leak, ...]:
-    """Remove what is proven to be the job's and tell what became of it. Call it when its processes are dead.
-
-    What is not proven is neither touched nor told. Only for what a child has left: leaks of the forkserver and of the
-    service are told by :func:`compare` and never touched.
-    """
-    leaks = []
-    for each in held:
-        handle = each.handle
-        if isinstance(handle, PosixObject):
-            if evidence.own_shm:
-                leaks.append(each.leak("child", True))  # ends with its mount namespace
-            elif handle.inode in evidence.inodes:
-                leaks.append(each.leak("child", _unlink(handle)))
-        elif isinstance(handle, SysvObject):
-            if evidence.own_ipc:
-                leaks.append(each.leak("child", True))  # ends with its IPC namespace
-            elif _is_of(handle, evidence.pids):
-                leaks.append(each.leak("child", _remove(handle)))
-        elif isinstance(handle, processes.Process):
-            now = processes.read_stat(handle.pid)
-            gone = now is None or now.dead or now.start_ticks != handle.start_ticks
-            leaks.append(each.leak("child", gone))
-        elif each.kind == "temp_file":
-            leaks.append(each.leak("child", evidence.own_folders))
-        else:
-            leaks.append(each.leak("child", True))  # a descriptor or thread: ended with its process
-    return tuple(leaks)
-
-
-def mapped_inodes(pids: Iterable[int]) -> set[Inode]:
-    """Inodes in /dev/shm that these processes have mapped or open now. Processes that are gone hold none.
-
-    Call it while they live. Costs about a millisecond for a process with torch in it.
-    """
-    found: set[Inode] = set()
-    for pid in pids:
-        for line in _lines(f"/proc/{pid}/maps"):
-            if b" " + SHM.encode() + b"/" in line:
-                _, _, _, device, inode, *_ = line.split()
-                major, _, minor = device.partition(b":")
-                found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
-        for fd, target in _fds(pid).items():
-            if target.startswith(SHM + "/"):
-                try:
-                    info = os.stat(f"/proc/{pid}/fd/{fd}")
-                except (FileNotFoundError, ProcessLookupError, PermissionError):
-                    continue  # closed or gone since
-                found.add((info.st_dev, info.st_ino))
-    return found
-
-
-def semaphore_pids(semaphores: SysvObject) -> frozenset[int]:
-    """Pids that last operated on each semaphore of a set; the kernel keeps no creator. Empty if it is gone."""
-    found = (_libc.semctl(semaphores.id, number, _GETPID) for number in range(semaphores.semaphores))
-    return frozenset(pid for pid in found if pid > 0)
-
-
-_IPC_RMID: Final = 0
-_GETPID: Final = 11
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _differences(before: Snapshot, after: Snapshot) -> Iterator[Held]:
     for fd, target in sorted(after.fds.items()):
         if before.fds.get(fd) != target:
-            yield Held("fd", f"fd {fd} -> {target}")
+            yield Held(fd_kind(target), fd_text(fd, target))
     for name, posix in sorted(after.posix.items()):
         if before.posix.get(name, posix).inode != posix.inode or name not in before.posix:
             kind: LeakKind = "posix_semaphore" if name.startswith("sem.") else "shared_memory"
@@ -233,9 +191,14 @@ def _differences(before: Snapshot, after: Snapshot) -> Iterator[Held]:
     for key, process in sorted(after.processes.items()):
         if key not in before.processes:
             yield Held("process", f"pid {process.pid} ({process.command})", process)
+    for key, process in sorted(after.zombies.items()):
+        if key not in before.zombies:
+            yield Held("zombie", f"pid {process.pid} ({process.command})", process)
     for thread, name in sorted(after.threads.items()):
         if thread not in before.threads:
-            yield Held("thread", f"thread {thread} ({name})")
+            yield Held("thread", f"thread {thread} ({name})", thread=thread)
+    for number, path in sorted(after.deleted_maps - before.deleted_maps):
+        yield Held("deleted_map", f"inode {number}, {path}")
 
 
 _SYSV_NAMES: Final[dict[SysvKind, str]] = {
@@ -245,7 +208,8 @@ _SYSV_NAMES: Final[dict[SysvKind, str]] = {
 }
 
 
-def _fds(pid: int) -> dict[int, str]:
+def descriptors(pid: int) -> dict[int, str]:
+    """What /proc says of each open descriptor of a process; none if it is gone or not ours to look into."""
     folder = f"/proc/{pid}/fd"
     found: dict[int, str] = {}
     try:
@@ -260,6 +224,65 @@ def _fds(pid: int) -> dict[int, str]:
     return found
 
 
+def fd_kind(target: str) -> LeakKind:
+    """Which kind of leak a descriptor is, by what /proc says of it."""
+    return next((kind for start, kind in _FD_KINDS if target.startswith(start)), "fd")
+
+
+def fd_text(fd: int, target: str) -> str:
+    """How reports name a descriptor."""
+    return f"fd {fd} -> {target}"
+
+
+def python_thread(number: int) -> tuple[str, tuple[str, ...]]:
+    """Name and call stack, outermost first, of the Python thread that the kernel knows by ``number``; empty if it is
+    none of Python's."""
+    for thread in threading.enumerate():
+        if thread.native_id == number and thread.ident is not None:
+            return thread.name, call_stack(frames(sys._current_frames().get(thread.ident)))
+    return "", ()
+
+
+Frames = list[tuple[CodeType, int]]
+"""A call stack, innermost first: code and line."""
+
+
+def frames(frame: FrameType | None) -> Frames:
+    """The innermost frames of a call stack: cheap to take, see :func:`call_stack`."""
+    found: Frames = []
+    while frame is not None and len(found) < MAX_FRAMES:
+        found.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return found
+
+
+def call_stack(found: Frames) -> tuple[str, ...]:
+    """A call stack as text, outermost first, `file:line function`."""
+    return tuple(f"{code.co_filename}:{line} {code.co_qualname}" for code, line in reversed(found))
+
+
+def _deleted_maps(pid: int) -> frozenset[tuple[int, str]]:
+    found = set()
+    for line in read_lines(f"/proc/{pid}/maps"):
+        if line.endswith(b" (deleted)"):
+            # address, mode, offset, device, inode, path
+            *_, inode, path = line.removesuffix(b" (deleted)").split(None, 5)
+            if not path.startswith(_ANONYMOUS):
+                found.add((int(inode), path.decode("utf-8", "backslashreplace")))
+    return frozenset(found)
+
+
+def links(fds: Iterable[int]) -> dict[int, str]:
+    """What these descriptors of this process lead to; those that are closed are left out."""
+    found = {}
+    for fd in fds:
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue  # closed
+    return found
+
+
 def _threads(pid: int) -> dict[int, str]:
     found: dict[int, str] = {}
     try:
@@ -267,7 +290,7 @@ def _threads(pid: int) -> dict[int, str]:
     except (FileNotFoundError, ProcessLookupError):
         return found  # gone
     for name in names:
-        for line in _lines(f"/proc/{pid}/task/{name}/comm"):
+        for line in read_lines(f"/proc/{pid}/task/{name}/comm"):
             found[int(name)] = line.decode("utf-8", "replace")
     return found
 
@@ -290,7 +313,7 @@ def _posix() -> dict[str, PosixObject]:
 
 def _sysv() -> Iterator[SysvObject]:
     for kind in _SYSV_NAMES:
-        lines = _lines(f"/proc/sysvipc/{kind}")
+        lines = read_lines(f"/proc/sysvipc/{kind}")
         if not lines:
             continue  # a kernel without SysV IPC
         columns = lines[0].decode().split()
@@ -308,12 +331,13 @@ def _sysv() -> Iterator[SysvObject]:
             )
 
 
-def _lines(path: str) -> list[bytes]:
+def read_lines(path: str) -> list[bytes]:
+    """A /proc file; no lines if its process is gone, if it is not ours to read, or not in this kernel."""
     try:
         with open(path, "rb") as file:
             return file.read().splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return []  # gone, not ours to read, or not in this kernel
+        return []
 
 
 def _files(folder: Path) -> tuple[dict[str, Inode], int]:
@@ -335,35 +359,3 @@ def _files(folder: Path) -> tuple[dict[str, Inode], int]:
         except OSError:
             continue  # vanished since, not ours to read, or too deep for a path
     return found, rest
-
-
-def _is_of(sysv: SysvObject, pids: frozenset[int]) -> bool:
-    """Whether every process that the kernel still names was the job's, and nobody has it mapped."""
-    users = semaphore_pids(sysv) if sysv.kind == "sem" else sysv.pids
-    return bool(users) and users <= pids and sysv.attached == 0
-
-
-def _remove(sysv: SysvObject) -> bool:
-    if sysv.kind == "sem":
-        result = _libc.semctl(sysv.id, 0, _IPC_RMID)
-    elif sysv.kind == "shm":
-        result = _libc.shmctl(sysv.id, _IPC_RMID, None)
-    else:
-        result = _libc.msgctl(sysv.id, _IPC_RMID, None)
-    # Already removed (EIDRM, EINVAL) is as good; of another user (EPERM) is not.
-    return result == 0 or ctypes.get_errno() in (errno.EIDRM, errno.EINVAL)
-
-
-def _unlink(posix: PosixObject) -> bool:
-    """Remove a name from /dev/shm if it still is the same file."""
-    path = f"{SHM}/{posix.name}"
-    try:
-        info = os.lstat(path)
-        if posix.folder or (info.st_dev, info.st_ino) != posix.inode:
-            return False
-        os.unlink(path)
-    except FileNotFoundError:
-        return True  # its owner's resource tracker was faster
-    except OSError:
-        return False  # another user's in a sticky folder: told as not reclaimed
-    return True

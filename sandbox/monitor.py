@@ -29,7 +29,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from sandbox import artifacts, scratch
+from sandbox import artifacts, ledger, scratch
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import WireError
 from sandbox.forkserver import Forkserver, Keeper, socket_pair
@@ -37,7 +37,19 @@ from sandbox.jobs import CallableSpec, Job
 from sandbox.keeper import KILL, KILL_WITH_STACKS
 from sandbox.meter import TreeMeter, can_read_exactly, survey
 from sandbox.processes import kill_tree, read_stat
-from sandbox.results import Artifact, Enforcement, JobResult, Leak, LeakReport, Mechanism, State, Status, Usage
+from sandbox.results import (
+    OWN_LEAKS,
+    Artifact,
+    Enforcement,
+    JobResult,
+    Leak,
+    LeakReport,
+    Mechanism,
+    State,
+    Status,
+    Usage,
+    printable,
+)
 from sandbox.verdict import Evidence, judge, signal_name
 from sandbox.wire import FrameReader, OversizedFrame, encode_frame
 
@@ -148,7 +160,10 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         OSError: the parent lacks descriptors or disk for it; nothing is left of the job.
     """
     left: list[Leak] = []
+    made: dict[int, str] = {}
     with contextlib.ExitStack() as stack:
+        # Called last: by then all that this job has opened here must be closed.
+        stack.callback(_check_closed, job.spec.job_id, made, forkserver)
         folder = forkserver.root.folder(job.spec.job_id)
         stack.callback(_remove, folder, left)
         for name in ("home", "tmp", *(f"{artifacts.FOLDER}/{kind}" for kind in artifacts.KINDS)):
@@ -162,6 +177,8 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         stderr, stderr_end = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, stderr)
         wake = stack.enter_context(cancel.listening())
+        every = (worker.fileno(), worker_end.fileno(), keeper.fileno(), keeper_end.fileno(), stderr, stderr_end, wake)
+        made |= ledger.links(every)
         try:
             ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
             process = forkserver.fork(job.spec.job_id, folder, job.spec.confinement.model_dump_json(), ends)
@@ -185,6 +202,22 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         leaks = LeakReport(job_id=result.job_id, leaks=(*result.leaks.leaks, *left))
         result = result.model_copy(update={"leaks": leaks})
     return result
+
+
+def _check_closed(job_id: str, made: dict[int, str], forkserver: Forkserver) -> None:
+    """A descriptor of this job's that is still open in the service is a leak of ours. A number that leads elsewhere by
+    now was closed and is somebody else's."""
+    now = ledger.links(made)
+    for fd, target in made.items():
+        if now.get(fd) == target:
+            held = ledger.Held(ledger.fd_kind(target), f"{ledger.fd_text(fd, target)} of {job_id}")
+            forkserver.tell(held.leak("parent"))
+
+
+def _clean(leak: Leak) -> Leak:
+    """As it may stand in a log, whatever the job has written into it."""
+    stack = tuple(printable(line, ledger.MAX_TEXT) for line in leak.stack[: ledger.MAX_FRAMES])
+    return leak.model_copy(update={"object": printable(leak.object, ledger.MAX_TEXT), "stack": stack})
 
 
 def _remove(folder: Path, left: list[Leak]) -> None:
@@ -324,7 +357,7 @@ def _take(watch: _Watch, envelope: BaseModel, payload: bytes) -> None:
     elif isinstance(envelope, Reply):
         if envelope.job_id != job_id:
             raise WireError(f"a reply of {envelope.job_id} on the channel of {job_id}")
-        if any(leak.kind not in ("fd", "thread") or leak.owner != "child" for leak in envelope.leaks):
+        if any(leak.kind not in OWN_LEAKS or leak.owner != "child" for leak in envelope.leaks):
             raise WireError("a reply that tells of leaks which are not the worker's to tell")
         seen.reply, seen.payload, watch.reply_at = envelope, payload, time.monotonic()
 
@@ -451,7 +484,11 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
             status, detail, value = Status.PROTOCOL_ERROR, str(error), None
         except OSError as error:
             status, detail, value = Status.SANDBOX_ERROR, f"the kernel files could not be adopted: {error}", None
-    leaks: tuple[Leak, ...] = (reply.leaks if reply else ()) + (exited.leaks if exited else ())
+    origins = reply.origins if reply else {}
+    leaks = tuple(
+        _clean(leak.model_copy(update={"stack": leak.stack or origins.get(leak.object, ())}))
+        for leak in (*(reply.leaks if reply else ()), *(exited.leaks if exited else ()))
+    )
     return JobResult(
         job_id=spec.job_id,
         status=status,

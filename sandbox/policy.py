@@ -138,6 +138,9 @@ class Policy(_Model):
     """Whether any graph may be compiled in the serving process. If false, a ladder's `in_process` is skipped."""
     allow_in_process_after_crash: bool = False
     """DANGEROUS. Whether a graph that has killed a child may be compiled in the serving process."""
+    trace_leaks: bool = False
+    """Whether a child notes the Python call stack whenever it makes a descriptor, file, semaphore, process or thread,
+    so that a leak can name its origin. About 30 us for each that is made; for debugging."""
     environment: tuple[EnvironmentName, ...] = (
         "PATH", "LANG", "LC_*", "TZ", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
         "TORCHINDUCTOR_*", "TORCH_LOGS", "TRITON_*", "OMP_NUM_THREADS", "CPATH", "LIBRARY_PATH",

@@ -64,6 +64,11 @@ class Stat(NamedTuple):
         """What names this process and no other: pid and start time."""
         return self.pid, self.start_ticks
 
+    @property
+    def process(self) -> Process:
+        """What is kept of it."""
+        return Process(self.pid, self.start_ticks, self.ppid, self.command)
+
 
 def read_stat(pid: int, thread: int | None = None) -> Stat | None:
     """What the kernel says about a process (or one thread of it), or None if it is gone."""
@@ -160,11 +165,7 @@ def _scan() -> dict[int, list[int]]:
 
 def descendants(root_pid: int, include_root: bool = False) -> list[Process]:
     """The live processes below ``root_pid``, parents first; zombies are left out. Empty if the root is gone."""
-    return [
-        Process(stat.pid, stat.start_ticks, stat.ppid, stat.command)
-        for stat in walk(root_pid)
-        if not stat.dead and (include_root or stat.pid != root_pid)
-    ]
+    return [stat.process for stat in walk(root_pid) if not stat.dead and (include_root or stat.pid != root_pid)]
 
 
 def reap(on_reaped: Reaped | None = None) -> bool:

@@ -35,6 +35,22 @@ class JobRow(_Model):
     """Folder of its crash capsule; empty if it has none."""
 
 
+class LeakRow(_Model):
+    """One thing that was left behind, for tables."""
+
+    job_id: str
+    """The job that left it; empty for what the forkserver or this process holds."""
+    kind: str
+    object: str
+    """What it is: a path, a pid with its command, `fd 7 -> socket:[123]`."""
+    owner: str
+    """`child`, `forkserver`, or `parent`: this process, of what the sandbox itself has made in it."""
+    reclaimed: bool
+    """Whether it was removed, or has ended with its process."""
+    stack: tuple[str, ...] = ()
+    """Where it was made, with the policy's `trace_leaks`; of a thread, where it was."""
+
+
 class Stats(_Model):
     """What happened in this process so far. All numbers are counts unless a unit is named."""
 
@@ -57,7 +73,9 @@ class Stats(_Model):
     fallbacks: dict[str, int] = {}
     """Steps of the ladder that were taken after a failure, a count per step."""
     leaks: dict[str, int] = {}
-    """What jobs left behind, a count per kind."""
+    """What jobs left behind, and what the sandbox itself holds that it should not, a count per kind."""
+    leaked: tuple[LeakRow, ...] = ()
+    """The newest leaks, one by one, at most 2,000."""
     children_started: int = 0
     forkserver_restarts: int = 0
     forkserver_seconds: float = 0.0
@@ -88,6 +106,7 @@ class Recorder:
         self._swallowed: Counter[str] = Counter()
         self._enforcement: dict[str, str] = {}
         self._rows: deque[JobRow] = deque(maxlen=MAX_ROWS)
+        self._leaked: deque[LeakRow] = deque(maxlen=MAX_ROWS)
 
     def graph(self, where: str) -> None:
         """A graph is settled. ``where``: `in_child`, `in_process`, `eager` or `raised`."""
@@ -127,6 +146,7 @@ class Recorder:
         with self._lock:
             self._outcomes[result.status.value] += 1
             self._leaks.update(result.leaks.counts())
+            self._leaked.extend(_row(leak, result.job_id) for leak in result.leaks.leaks)
             for mechanism, state in states.items():
                 known = self._enforcement.get(mechanism, state)
                 self._enforcement[mechanism] = min(known, state, key=_WEAKEST.index)
@@ -135,7 +155,7 @@ class Recorder:
     def snapshot(
         self, children: int = 0, restarts: int = 0, forkserver_seconds: float = 0.0, leaks: tuple[Leak, ...] = ()
     ) -> Stats:
-        """The counts as a model, with what the forkserver knows."""
+        """The counts as a model, with what the forkserver knows; ``leaks``: what belongs to no job."""
         with self._lock:
             leaked = self._leaks + Counter(leak.kind for leak in leaks)
             return Stats(
@@ -150,6 +170,7 @@ class Recorder:
                 outcomes=dict(self._outcomes),
                 fallbacks=dict(self._fallbacks),
                 leaks=dict(leaked),
+                leaked=(*self._leaked, *(_row(leak, "") for leak in leaks))[-MAX_ROWS:],
                 children_started=children,
                 forkserver_restarts=restarts,
                 forkserver_seconds=forkserver_seconds,
@@ -157,3 +178,7 @@ class Recorder:
                 swallowed=dict(self._swallowed),
                 jobs=tuple(self._rows),
             )
+
+
+def _row(leak: Leak, job_id: str) -> LeakRow:
+    return LeakRow(job_id=job_id, **leak.model_dump())

@@ -74,8 +74,26 @@ class Usage(_Model):
 
 
 LeakKind = Literal[
-    "fd", "posix_semaphore", "sysv_semaphore", "shared_memory", "message_queue", "temp_file", "process", "thread"
-]
+    # descriptors, by what they lead to; `fd` is a file or whatever has no kind of its own
+    "fd", "socket", "pipe", "eventfd", "epoll", "timerfd", "signalfd", "inotify", "memfd", "pidfd",
+    "gpu_handle",  # a descriptor of /dev/nvidia*
+    "cuda_context",  # a descriptor of /dev/nvidia-uvm
+    "thread",
+    "deleted_map",  # a mapped file without a name
+    "tracked_resource",  # registered at a resource tracker of multiprocessing, and not taken back
+    "zombie",  # a child that has ended and that nobody has waited for
+    "process",  # alive, and so is its parent
+    "orphan",  # alive, and its parent is not
+    "posix_semaphore", "sysv_semaphore", "shared_memory", "message_queue", "temp_file",
+]  # fmt: skip
+
+#: What a worker tells of itself: it ends with its process. All else is the keeper's to tell, when all are dead.
+OWN_LEAKS: frozenset[LeakKind] = frozenset(
+    {
+        *("fd", "socket", "pipe", "eventfd", "epoll", "timerfd", "signalfd", "inotify", "memfd", "pidfd"),
+        *("gpu_handle", "cuda_context", "thread", "deleted_map", "tracked_resource", "zombie"),
+    }
+)
 
 
 class Leak(_Model):
@@ -86,7 +104,10 @@ class Leak(_Model):
     """What leaked: a path, a pid with its command, `fd 7 -> socket:[123]`."""
     owner: Literal["child", "forkserver", "parent"]
     reclaimed: bool
-    """Whether it was removed. Leaks of the host process are told, never touched."""
+    """Whether it was removed, or has ended with its process. Leaks of the host process are told, never touched."""
+    stack: tuple[str, ...] = ()
+    """For a thread: where it is. For others, with the policy's `trace_leaks`: where it was made. As `file:line
+    function`, outermost first, at most 16 frames; empty if not known."""
 
 
 class LeakReport(_Model):

@@ -22,15 +22,18 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox import keeper, scratch
+from sandbox import keeper, ledger, scratch
 from sandbox.enforce import libc
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
 from sandbox.processes import Process, descendants
+from sandbox.results import printable
 
 #: Control messages are small; what is larger (spec, payload) goes to the worker by the job's own socket.
 MAX_MESSAGE = 64 * 1024
 #: Seconds that ended threads may take to leave the kernel's list after the warm-up.
 THREAD_SECONDS = 1.0
+#: Seconds that a child which has ended may take to be gone, before it counts as a zombie.
+REAP_SECONDS = 0.02
 #: Seconds for the kill of processes that outlived their keepers; the parent waits for the answer meanwhile.
 STRAY_SECONDS = 2.0
 #: Seconds that keepers get to clean up once the parent is gone, before they are killed, too.
@@ -82,12 +85,12 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
             f"the template has {threads} OS threads after its warm-up ({', '.join(_thread_names())}); forking it would "
             f"be unsafe. A module in forkserver.preload may have started one: {settings['preload']}"
         )
-    # What a fork request brings along, three descriptors, is open when the next count is taken.
-    return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads, "fds": _open_fds() + 3}
+    return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads}
 
 
 def _serve(control: socket.socket, root: Path) -> None:
     keepers: set[tuple[int, int]] = set()  # pid and start time: a pid alone may be somebody else's by now
+    before, grown = ledger.take(ipc=False), dict[str, str]()
     while True:
         try:
             message, fds, _flags, _address = socket.recv_fds(control, MAX_MESSAGE, 8)
@@ -100,11 +103,23 @@ def _serve(control: socket.socket, root: Path) -> None:
         if request["op"] == "leave":
             os._exit(0)
         if request["op"] == "fork":
-            _send(control, {**_fork(request, fds, keepers), "strays": strays})
-        elif request["op"] == "inspect":
-            _send(control, {"event": "inspected", "threads": thread_count(), "fds": _open_fds(), "strays": strays})
+            _send(control, {**_fork(request, fds, keepers), "strays": strays, "leaks": grown})
         for fd in fds:
             os.close(fd)
+        # After the answer to a fork, so that no job waits for it: what has grown is told with the next answer.
+        grown = _grown(before)
+        if request["op"] == "inspect":
+            _send(control, {"event": "inspected", "threads": thread_count(), "strays": strays, "leaks": grown})
+
+
+def _grown(before: ledger.Snapshot) -> dict[str, str]:
+    """What this process holds that it did not hold before its first fork: kind by description."""
+    held = ledger.differences(before, ledger.take(ipc=False))
+    if any(each.kind == "zombie" for each in held):
+        time.sleep(REAP_SECONDS)  # the kernel may be about to reap it
+        held = ledger.differences(before, ledger.take(ipc=False))
+    # Children are keepers, and whatever else is among them is killed as a stray.
+    return {printable(each.text, ledger.MAX_TEXT): each.kind for each in held if each.kind != "process"}
 
 
 def _children() -> list[Process]:
@@ -148,7 +163,7 @@ def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]
         keeper.main(request, fds)  # never returns
     start_ticks = next((process.start_ticks for process in _children() if process.pid == pid), 0)
     keepers.add((pid, start_ticks))
-    return {"event": "forked", "job_id": request["job_id"], "pid": pid, "start_ticks": start_ticks, "fds": _open_fds()}
+    return {"event": "forked", "job_id": request["job_id"], "pid": pid, "start_ticks": start_ticks}
 
 
 def thread_count() -> int:
@@ -158,10 +173,6 @@ def thread_count() -> int:
 
 def _thread_names() -> list[str]:
     return [Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")]
-
-
-def _open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def _send(control: socket.socket, message: dict[str, Any]) -> None:

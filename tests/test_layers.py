@@ -23,7 +23,8 @@ LAYERS = """
     errors explain limits processes results scratch enforce.libc enforce.paths
 
     jobs                          # what is to be done
-    artifacts ledger meter        # files handed back; what is held; what is used
+    artifacts ledger meter trackers   # files handed back; what is held; what is used
+    origins reclaim
     policy                        # what is allowed
     capsule                       # what a failed job leaves
     fallback quarantine report    # the decision, the memory of killers, the counts

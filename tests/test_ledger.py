@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from sandbox import ledger, processes
+from sandbox import ledger, processes, reclaim
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
 import ctypes, json, os, signal, sys, time
 sys.path.insert(0, ROOT)
 from _multiprocessing import SemLock
-from sandbox import ledger, processes
+from sandbox import ledger, processes, reclaim
 libc = ctypes.CDLL(None, use_errno=True)
 IPC_CREAT, IPC_PRIVATE, GETPID = 0o1000, 0, 11
 
@@ -59,8 +59,8 @@ def in_child(body):
 
 def reclaimed(before, after, **evidence):
     "What the keeper does: what lies in the kernel is reclaimed where it is proven to be the job's."
-    held = [h for h in ledger.differences(before, after) if h.kind not in ("fd", "thread", "process")]
-    return ledger.reclaim(held, ledger.Evidence(**evidence))
+    held = [h for h in ledger.differences(before, after) if h.kind in ledger.KERNEL_LEAKS]
+    return reclaim.reclaim(held, reclaim.Evidence(**evidence))
 
 def told(leaks):
     return [[leak.kind, leak.object, leak.reclaimed] for leak in leaks]
@@ -94,10 +94,10 @@ def test_descriptors_threads_and_processes_are_told(tmp_path: Path) -> None:
             after = ledger.take(ipc=False)
             leaks = ledger.compare(before, after, "parent")
             told = {leak.kind: leak.object for leak in leaks}
-            assert set(told) == {"fd", "thread", "process"}
+            assert set(told) == {"fd", "socket", "pipe", "thread", "process"}
             fds = [leak.object for leak in leaks if leak.kind == "fd"]
             assert f"fd {two.fileno()} -> {tmp_path / 'open'}" in fds
-            assert any(text.startswith(f"fd {one.fileno()} -> socket:[") for text in fds)
+            assert told["socket"].startswith(f"fd {one.fileno()} -> socket:[")
             assert str(child.pid) in told["process"]
             assert str(thread.native_id) in told["thread"]
             assert not any(leak.reclaimed for leak in leaks)
@@ -109,7 +109,7 @@ def test_descriptors_threads_and_processes_are_told(tmp_path: Path) -> None:
         child.wait(30)
         assert child.stdin is not None
         child.stdin.close()
-    reclaimed = [leak for leak in ledger.reclaim(ledger.differences(before, after), ledger.Evidence())]
+    reclaimed = [leak for leak in reclaim.reclaim(ledger.differences(before, after), reclaim.Evidence())]
     assert [leak.reclaimed for leak in reclaimed if leak.kind == "process"] == [True], "it is dead by now"
 
 
@@ -118,7 +118,7 @@ def test_a_process_that_still_lives_is_not_called_reclaimed() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         held = [h for h in ledger.differences(before, ledger.take(ipc=False)) if h.kind == "process"]
-        assert [leak.reclaimed for leak in ledger.reclaim(held, ledger.Evidence())] == [False]
+        assert [leak.reclaimed for leak in reclaim.reclaim(held, reclaim.Evidence())] == [False]
     finally:
         child.kill()
         child.wait(30)
@@ -147,7 +147,7 @@ def test_another_process_and_one_that_is_gone() -> None:
         child.stdin.close()
     gone = ledger.take(child.pid, ipc=False)
     assert not gone.fds and not gone.threads and not gone.processes
-    assert ledger.mapped_inodes([child.pid]) == set()
+    assert reclaim.mapped_inodes([child.pid]) == set()
 
 
 def test_temp_files_are_listed_to_a_cap(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_temp_files_are_listed_to_a_cap(tmp_path: Path) -> None:
     after = ledger.take(folders=(tmp_path,), ipc=False)
     held = [h for h in ledger.differences(before, after) if h.kind == "temp_file"]
     assert [h.text for h in held] == [str(tmp_path / "deep" / "er" / "left"), str(tmp_path / "link")]
-    assert [leak.reclaimed for leak in ledger.reclaim(held, ledger.Evidence(own_folders=True))] == [True, True]
-    assert [leak.reclaimed for leak in ledger.reclaim(held, ledger.Evidence())] == [False, False]
+    assert [leak.reclaimed for leak in reclaim.reclaim(held, reclaim.Evidence(own_folders=True))] == [True, True]
+    assert [leak.reclaimed for leak in reclaim.reclaim(held, reclaim.Evidence())] == [False, False]
     for number in range(ledger.MAX_FILES + 5):
         (tmp_path / f"many{number}").touch()
     many = ledger.compare(before, ledger.take(folders=(tmp_path,), ipc=False), "child")
@@ -178,11 +178,11 @@ def test_posix_leaks_are_removed_only_with_proof() -> None:
                 semaphore = SemLock(1, 1, 1, "/" + name, False)
                 fd = os.open(f"/dev/shm/{name}-memory", os.O_CREAT | os.O_RDWR, 0o600)
                 os.write(fd, b"x")
-                return sorted(ledger.mapped_inodes([os.getpid()])) if inodes_of else []
+                return sorted(reclaim.mapped_inodes([os.getpid()])) if inodes_of else []
             return in_child(body)
         pid, _ = leak(False)
         ours = lambda: [h for h in ledger.differences(before, ledger.take()) if name in h.text]
-        unproven = told(ledger.reclaim(ours(), ledger.Evidence(pids=frozenset({pid}))))
+        unproven = told(reclaim.reclaim(ours(), reclaim.Evidence(pids=frozenset({pid}))))
         assert len(ours()) == 2
         for held in ours():
             os.unlink(held.text)
@@ -193,7 +193,7 @@ def test_posix_leaks_are_removed_only_with_proof() -> None:
         held = ours()
         os.unlink(f"/dev/shm/{name}-memory")
         other = os.open(f"/dev/shm/{name}-memory", os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
-        proven = told(ledger.reclaim(held, ledger.Evidence(inodes=frozenset(inodes))))
+        proven = told(reclaim.reclaim(held, reclaim.Evidence(inodes=frozenset(inodes))))
         left = told(ledger.compare(before, ledger.take(), "child"))
         os.unlink(f"/dev/shm/{name}-memory")
         by_kind = {kind: [text, reclaimed] for kind, text, reclaimed in proven}
@@ -218,7 +218,7 @@ def test_shared_memory_of_multiprocessing() -> None:
         def leak():
             memory = shared_memory.SharedMemory(create=True, size=4096)
             resource_tracker.unregister(memory._name, "shared_memory")   # else the tracker tidies up
-            return [memory.name, sorted(ledger.mapped_inodes([os.getpid()]))]
+            return [memory.name, sorted(reclaim.mapped_inodes([os.getpid()]))]
         pid, (name, inodes) = in_child(leak)
         after = ledger.take()
         leaks = reclaimed(before, after, pids=frozenset({pid}), inodes=frozenset(tuple(inode) for inode in inodes))
@@ -314,10 +314,10 @@ def test_in_its_own_namespaces_everything_is_the_jobs_and_ends_with_it() -> None
 
 
 def test_memfd_is_no_leak_in_shm() -> None:
-    before = ledger.mapped_inodes([os.getpid()])  # tqdm's lock, for one, is a semaphore of this process
+    before = reclaim.mapped_inodes([os.getpid()])  # tqdm's lock, for one, is a semaphore of this process
     fd = os.memfd_create("sandbox-test")
     try:
-        assert ledger.mapped_inodes([os.getpid()]) == before
+        assert reclaim.mapped_inodes([os.getpid()]) == before
         assert processes.read_stat(os.getpid()) is not None
     finally:
         os.close(fd)

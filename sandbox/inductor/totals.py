@@ -21,7 +21,7 @@ def total(parts: Sequence[Stats]) -> Stats:
         values = [getattr(part, name) for part in parts]
         if name == "enforcement":
             found[name] = {key: min(states, key=_STATES.index) for key, states in _by_key(values).items()}
-        elif name == "jobs":
+        elif name in ("jobs", "leaked"):
             found[name] = tuple(row for rows in values for row in rows)[-MAX_ROWS:]
         elif name == "forkserver_seconds":
             found[name] = max(values)
