@@ -45,8 +45,8 @@ class Limits(BaseModel):
     EMFILE; a job that dies of it ends as `violation`."""
 
     disk_bytes: Annotated[int, Field(ge=MIB, le=1 << 50)] = 4 * GIB
-    """Bytes in the job's scratch folder, and the largest single file (RLIMIT_FSIZE). When hit: killed,
-    status `output_limit`."""
+    """Bytes in the job's scratch folder, removed files that are still open included, and the largest single file
+    (RLIMIT_FSIZE). When hit: killed, status `output_limit`."""
 
     reply_bytes: Annotated[int, Field(ge=KIB, le=1 << 40)] = 512 * MIB
     """Size of the reply frame, in bytes. When hit: killed, status `output_limit`."""

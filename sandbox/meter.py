@@ -96,6 +96,24 @@ class TreeMeter:
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
         return TreeUsage(self._cpu_seconds, memory, processes, threads)
 
+    def nameless_bytes(self, device: int) -> int:
+        """Allocated bytes of the files on ``device`` that the processes of the last sample hold open and that have no
+        name any more, so that no survey of a folder finds them. Not seen: those that are mapped and closed."""
+        found: dict[int, int] = {}
+        for pid, _ in self._known:
+            try:
+                numbers = numbers_in(f"/proc/{pid}/fd")
+            except PermissionError:
+                continue  # it has made itself undumpable: its memory cannot be read exactly either
+            for number in numbers:
+                try:
+                    info = os.stat(f"/proc/{pid}/fd/{number}")
+                except OSError:
+                    continue  # closed meanwhile, or not ours to look at
+                if info.st_dev == device and info.st_nlink == 0 and stat_module.S_ISREG(info.st_mode):
+                    found[info.st_ino] = info.st_blocks * 512
+        return sum(found.values())
+
     def _memory(self, live: list[Stat]) -> int:
         known = {s.key: self._known.get(s.key) or _Known(s.faults, s.rss_pages * PAGE_BYTES) for s in live}
         # A fork or an end changes what the others hold alone, without a fault of theirs.

@@ -434,11 +434,13 @@ def _sample(watch: _Watch, ticks: int) -> None:
         )
     elif ticks % DISK_EVERY == 0:
         used = survey(watch.scratch)
-        if used.bytes > limits.disk_bytes or not used.complete:
+        nameless = watch.meter.nameless_bytes(os.stat(watch.scratch.parent).st_dev)
+        if used.bytes + nameless > limits.disk_bytes or not used.complete:
+            removed = f" and {nameless} in removed files that are still open" if nameless else ""
             watch.breach(
                 Status.OUTPUT_LIMIT,
                 f"{used.bytes} bytes in {used.entries} files{'' if used.complete else ' or more'} of the scratch "
-                f"folder, limits.disk_bytes = {limits.disk_bytes}",
+                f"folder{removed}, limits.disk_bytes = {limits.disk_bytes}",
             )
 
 

@@ -522,6 +522,23 @@ def test_disk_usage_is_bounded(tmp_path: Path) -> None:
     assert meter_module.survey(link) == meter_module.DiskUsage(0, 0, True)
 
 
+def test_files_without_a_name_are_found_by_who_holds_them(tmp_path: Path) -> None:
+    meter = meter_module.TreeMeter(os.getpid(), memory_limit_bytes=1 << 30)
+    device = tmp_path.stat().st_dev
+    meter.sample()
+    before = meter.nameless_bytes(device)
+    with (tmp_path / "file").open("wb") as file:
+        file.write(os.urandom(1 << 20))
+        file.flush()
+        again = os.dup(file.fileno())
+        assert meter.nameless_bytes(device) == before, "it has a name: the survey of the folder counts it"
+        (tmp_path / "file").unlink()
+        assert 1 << 20 <= meter.nameless_bytes(device) - before < (1 << 20) + 65_536, "once, and only once"
+        assert meter.nameless_bytes(device + 1) == 0
+    os.close(again)
+    assert meter.nameless_bytes(device) == before
+
+
 def test_disk_usage_while_files_vanish(tmp_path: Path) -> None:
     stop = threading.Event()
 
