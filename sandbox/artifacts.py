@@ -2,8 +2,9 @@
 
 The worker writes a manifest of the files in its private cache folder. The parent takes the files over only after
 every process of the job is dead, and it *copies* them: a moved file would be the same inode, which a survivor may
-hold open. A copy is checked while it is made and appears under its final name in one step. A file that is there
-already is kept: names are hashes of contents, and another process may have it mapped.
+hold open. A copy is checked while it is made, in a folder of its own in the cache that is held by a lock, and appears
+under its final name in one step. A file that is there already is kept: names are hashes of contents, and another
+process may have it mapped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,11 +20,14 @@ from pydantic import ValidationError
 from sandbox.errors import WireError
 from sandbox.limits import KIB, Limits
 from sandbox.results import Artifact
+from sandbox.scratch import LockedFolder
 
 #: Folder of the artifacts in a job's scratch folder.
 FOLDER = "artifacts"
 #: Kinds of artifacts: the first part of each path.
 KINDS = ("inductor", "triton", "debug")
+#: In each of the user's cache folders: how the names of folders begin that hold copies which are not whole yet.
+MAKING = ".sandbox-adopting-"
 #: Triton's group files list a dozen names; a larger one is not one of them. Bytes.
 MAX_GROUP = 64 * KIB
 #: Files of one job, a count at most: a graph has tens, and the reply's envelope has an end.
@@ -81,6 +84,7 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
         raise ArtifactsTooLarge(f"artifacts of {total} bytes, limits.artifact_bytes allows {limits.artifact_bytes}")
     names = {artifact.path for artifact in artifacts}
     copies: list[tuple[Path, Path]] = []
+    making: dict[str, LockedFolder] = {}
     try:
         for artifact in artifacts:
             kind, _, rest = artifact.path.partition("/")
@@ -90,46 +94,44 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
             if target.is_file():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy = _copy(artifact, source, target)
+            if kind not in making:
+                making[kind] = LockedFolder(targets[kind], MAKING)
+            copy = _copy(artifact, source, making[kind].path / str(len(copies)))
             copies.append((copy, target))
             if kind == "triton" and target.name.startswith("__grp__"):
                 _relocate_group(copy, artifact.path, target.parent, names)
         for copy, target in copies:
             _place(copy, target)
     finally:
-        for copy, _target in copies:
-            copy.unlink(missing_ok=True)
+        for folder in making.values():
+            folder.remove()
     return total
 
 
-def _copy(artifact: Artifact, source: Path, target: Path) -> Path:
-    """A checked copy beside the target, under a name of its own, readable by its owner alone."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent)
-    try:
-        sha256 = hashlib.sha256()
-        size = 0
-        with open(handle, "wb") as writer, open(_open(artifact, source), "rb") as reader:
-            status = os.fstat(reader.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise WireError(f"artifact {artifact.path!r} is not a regular file")
-            if status.st_nlink != 1:
-                raise WireError(f"artifact {artifact.path!r} has {status.st_nlink} names")
-            if status.st_uid != os.geteuid():
-                raise WireError(f"artifact {artifact.path!r} belongs to uid {status.st_uid}")
-            # One byte more than it may have: a file that is longer than its manifest says ends here.
-            while size <= artifact.size and (chunk := reader.read(min(_CHUNK, artifact.size + 1 - size))):
-                sha256.update(chunk)
-                writer.write(chunk)
-                size += len(chunk)
-        if size != artifact.size:
-            raise WireError(f"artifact {artifact.path!r} has not the {artifact.size} bytes of its manifest")
-        if sha256.hexdigest() != artifact.sha256:
-            raise WireError(f"artifact {artifact.path!r} differs from its digest")
-        os.chmod(name, 0o700 if target.suffix == ".so" else 0o600)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return Path(name)
+def _copy(artifact: Artifact, source: Path, copy: Path) -> Path:
+    """A checked copy under the name ``copy``, readable by its owner alone."""
+    handle = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    sha256 = hashlib.sha256()
+    size = 0
+    with open(handle, "wb") as writer, open(_open(artifact, source), "rb") as reader:
+        status = os.fstat(reader.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise WireError(f"artifact {artifact.path!r} is not a regular file")
+        if status.st_nlink != 1:
+            raise WireError(f"artifact {artifact.path!r} has {status.st_nlink} names")
+        if status.st_uid != os.geteuid():
+            raise WireError(f"artifact {artifact.path!r} belongs to uid {status.st_uid}")
+        # One byte more than it may have: a file that is longer than its manifest says ends here.
+        while size <= artifact.size and (chunk := reader.read(min(_CHUNK, artifact.size + 1 - size))):
+            sha256.update(chunk)
+            writer.write(chunk)
+            size += len(chunk)
+    if size != artifact.size:
+        raise WireError(f"artifact {artifact.path!r} has not the {artifact.size} bytes of its manifest")
+    if sha256.hexdigest() != artifact.sha256:
+        raise WireError(f"artifact {artifact.path!r} differs from its digest")
+    os.chmod(copy, 0o700 if artifact.path.endswith(".so") else 0o600)
+    return copy
 
 
 def _place(copy: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox import ledger
+from sandbox import ledger, leftovers
 from sandbox.errors import ForkserverError
 from sandbox.policy import Policy
 from sandbox.processes import read_stat
@@ -78,6 +78,7 @@ class Forkserver:
         """``environment``: what the template may see, already reduced to the policy's allow-list."""
         self._policy = policy
         self._environment = environment
+        leftovers.sweep()
         self.root = Root()
         self._change = threading.Condition(threading.RLock())
         self._fork_lock = threading.Lock()

@@ -23,7 +23,7 @@ from sandbox.enforce import prepare_keeper
 from sandbox.errors import EnforcementError, WireError
 from sandbox.limits import Confinement
 from sandbox.processes import Process, descendants, kill_tree, read_stat, reap
-from sandbox.reclaim import Evidence, mapped_inodes, reclaim
+from sandbox.reclaim import Evidence, Record, mapped_inodes, reclaim, used_by
 from sandbox.results import Enforcement, Leak, Mechanism, State, printable
 from sandbox.wire import Exited, KeeperReady, send_frame
 
@@ -86,7 +86,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
             os.close(fd)
         child.main(job_id, folder, job_fd, stderr_fd, own)  # never returns
     os.close(job_fd)
-    tree = _Tree(worker, mechanisms)
+    tree = _Tree(worker, mechanisms, Record(folder))
     try:
         return _see_through(job_id, folder, parent, wake_read, tree, before)
     finally:
@@ -105,6 +105,7 @@ def _see_through(
     except WireError:
         tree.orphaned = True  # the parent is gone: clean up all the same
     leaks = _clean(tree, before, folder)
+    tree.record.remove()
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if tree.orphaned:
         scratch.remove(folder)
@@ -126,8 +127,9 @@ def _see_through(
 class _Tree:
     """What the keeper knows of the job's processes."""
 
-    def __init__(self, worker: int, mechanisms: dict[str, Mechanism]) -> None:
+    def __init__(self, worker: int, mechanisms: dict[str, Mechanism], record: Record) -> None:
         self.worker = worker
+        self.record = record
         self.mechanisms = mechanisms
         self.status: int | None = None  # exit code, or the negative signal, once the worker has ended
         self.orphaned = False  # the parent is gone
@@ -142,11 +144,16 @@ class _Tree:
             self.status = os.waitstatus_to_exitcode(status)
 
     def look(self) -> None:
-        """Where /dev/shm is shared with the host, what the job's processes hold is how its objects are known."""
-        if not self.has("mount_namespace"):
-            pids = {process.pid for process in descendants(os.getpid())}
-            self.pids |= pids
+        """In namespaces that are shared with the host, what the job's processes hold is how its objects are known."""
+        own_shm, own_ipc = self.has("mount_namespace"), self.has("ipc_namespace")
+        if own_shm and own_ipc:
+            return
+        pids = {process.pid for process in descendants(os.getpid())}
+        self.pids |= pids
+        if not own_shm:
             self.inodes |= mapped_inodes(pids)
+        # For the case that we are killed.
+        self.record.write(self.inodes, () if own_ipc else used_by(frozenset(self.pids)))
 
     def has(self, mechanism: str) -> bool:
         """Whether a mechanism is fully enforced on this job."""
@@ -159,8 +166,8 @@ def _wait(parent: socket.socket, wake_read: int, tree: _Tree) -> None:
     poll = select.poll()
     poll.register(parent.fileno(), select.POLLIN)
     poll.register(wake_read, select.POLLIN)
-    # Only without an own /dev/shm there is something to look at while the job runs.
-    interval = None if tree.has("mount_namespace") else LOOK_SECONDS * 1000
+    # Only in shared namespaces there is something to look at while the job runs.
+    interval = None if tree.has("mount_namespace") and tree.has("ipc_namespace") else LOOK_SECONDS * 1000
     while tree.status is None:
         tree.look()
         for fd, _events in poll.poll(interval):

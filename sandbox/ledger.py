@@ -144,7 +144,7 @@ def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = Tru
     return Snapshot(
         fds=descriptors(target),
         posix=_posix() if ipc else {},
-        sysv={(found.kind, found.id): found for found in _sysv()} if ipc else {},
+        sysv={(found.kind, found.id): found for found in sysv_objects()} if ipc else {},
         files=files,
         more_files=more,
         processes={stat.key: stat.process for stat in below if not stat.dead},
@@ -221,6 +221,8 @@ def descriptors(pid: int) -> dict[int, str]:
             found[int(name)] = os.readlink(f"{folder}/{name}")
         except (FileNotFoundError, ProcessLookupError):
             continue  # closed since; the one that has listed the folder always is
+        except PermissionError:
+            return {}  # its folder can be listed, and it has rights that we have not
     return found
 
 
@@ -311,7 +313,8 @@ def _posix() -> dict[str, PosixObject]:
     return found
 
 
-def _sysv() -> Iterator[SysvObject]:
+def sysv_objects() -> Iterator[SysvObject]:
+    """The SysV objects of this process's IPC namespace."""
     for kind in _SYSV_NAMES:
         lines = read_lines(f"/proc/sysvipc/{kind}")
         if not lines:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from sandbox import artifacts, ledger, scratch
+from sandbox import artifacts, ledger, reclaim, scratch
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import WireError
 from sandbox.forkserver import Forkserver, Keeper, socket_pair
@@ -197,11 +197,20 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         finally:
             _see_dead(watch, forkserver)
         result = _result(watch, targets, queued)
+        left += _recorded(folder)
     if left:
         # Whoever reads the report must know what the job has left on the disk.
         leaks = LeakReport(job_id=result.job_id, leaks=(*result.leaks.leaks, *left))
         result = result.model_copy(update={"leaks": leaks})
     return result
+
+
+def _recorded(folder: Path) -> list[Leak]:
+    """Remove what a keeper that was killed had seen of the job in shared namespaces. The others do it themselves."""
+    path = reclaim.record_path(folder)
+    found = [held.leak("child", not reclaim.remove_held(held)) for held in reclaim.recorded(path)]
+    path.unlink(missing_ok=True)
+    return found
 
 
 def _check_closed(job_id: str, made: dict[int, str], forkserver: Forkserver) -> None:

@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from sandbox import processes
-from sandbox.ledger import SHM, Held, Inode, PosixObject, SysvObject, descriptors, read_lines
+from sandbox.ledger import (
+    SHM,
+    Held,
+    Inode,
+    PosixObject,
+    SysvObject,
+    descriptors,
+    differences,
+    read_lines,
+    sysv_objects,
+    take,
+)
 from sandbox.results import Leak
 
+#: How the name of a :class:`Record` ends, after that of the job's scratch folder.
+RECORD_SUFFIX: Final = ".held"
 _IPC_RMID: Final = 0
 _GETPID: Final = 11
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -69,6 +84,77 @@ def reclaim(held: Iterable[Held], evidence: Evidence) -> tuple[Leak, ...]:
     return tuple(leaks)
 
 
+class Record:
+    """A file beside the job's scratch folder that says what the job was seen to hold in shared namespaces.
+
+    If its keeper is killed, whoever cleans up after it can tell by it what is the job's (:func:`recorded`). Who can
+    forge it, can remove what it names himself: the root is the user's alone.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._path = record_path(scratch)
+        self._written = ""
+
+    def write(self, inodes: Iterable[Inode], sysv: Iterable[SysvObject]) -> None:
+        """Keep it up to date; a job that holds nothing gets none."""
+        known = {"posix": sorted(inodes), "sysv": sorted((each.kind, each.id, each.created) for each in sysv)}
+        text = json.dumps(known) if any(known.values()) else ""
+        if text and text != self._written:
+            new = self._path.with_suffix(".new")
+            try:
+                new.write_text(text)
+                new.replace(self._path)
+                self._written = text
+            except OSError:
+                return  # a full disk: it is only for the case that the keeper is killed; the next look tries again
+
+    def remove(self) -> None:
+        """The job's objects are removed."""
+        self._path.unlink(missing_ok=True)
+
+
+def record_path(scratch: Path) -> Path:
+    """Where the record of the job with this scratch folder lies."""
+    return scratch.with_name(f"{scratch.name}{RECORD_SUFFIX}")
+
+
+def recorded(path: Path) -> tuple[Held, ...]:
+    """What a :class:`Record` names and what is still there: to be given to :func:`remove_held`."""
+    try:
+        known = json.loads(path.read_bytes())
+        inodes = {(int(device), int(inode)) for device, inode in known["posix"]}
+        sysv = {(str(kind), int(number), int(created)) for kind, number, created in known["sysv"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()  # none, or a half one of a disk that was full
+    now = take(os.getpid())
+    nothing = replace(now, posix={}, sysv={})
+    return tuple(
+        held
+        for held in differences(nothing, now)
+        if (isinstance(held.handle, PosixObject) and held.handle.inode in inodes)
+        or (isinstance(held.handle, SysvObject) and (held.handle.kind, held.handle.id, held.handle.created) in sysv)
+    )
+
+
+def remove_held(held: Held) -> str:
+    """Remove an object that is proven to be a dead job's, unless somebody uses it. Returns why it is still there."""
+    handle = held.handle
+    if isinstance(handle, PosixObject):
+        if handle.inode in mapped_inodes(processes.numbers_in("/proc")):
+            return "a live process holds it"
+        return "" if unlink(handle) else "the kernel refuses"
+    if isinstance(handle, SysvObject):
+        if handle.attached:
+            return "a live process has it attached"
+        return "" if remove(handle) else "the kernel refuses"
+    raise ValueError(f"{held.text} is not an object of the kernel's")
+
+
+def used_by(pids: frozenset[int]) -> list[SysvObject]:
+    """The SysV objects of which the kernel names no other users than ``pids``, mapped or not."""
+    return [each for each in sysv_objects() if (users := _users(each)) and users <= pids]
+
+
 def mapped_inodes(pids: Iterable[int]) -> set[Inode]:
     """Inodes in /dev/shm that these processes have mapped or open now. Processes that are gone hold none.
 
@@ -99,8 +185,12 @@ def semaphore_pids(semaphores: SysvObject) -> frozenset[int]:
 
 def is_of_pids(sysv: SysvObject, pids: frozenset[int]) -> bool:
     """Whether every process that the kernel still names was the job's, and nobody has it mapped."""
-    users = semaphore_pids(sysv) if sysv.kind == "sem" else sysv.pids
+    users = _users(sysv)
     return bool(users) and users <= pids and sysv.attached == 0
+
+
+def _users(sysv: SysvObject) -> frozenset[int]:
+    return semaphore_pids(sysv) if sysv.kind == "sem" else sysv.pids
 
 
 def remove(sysv: SysvObject) -> bool:

@@ -1,7 +1,8 @@
 """Scratch folders: one root per forkserver, one folder per job, and their removal whatever is in them.
 
 The root is held by an advisory lock (flock) of the process that made it, so that a later process can tell the roots
-of the living from those of the dead: by the lock, not by a pid, which means nothing in another container.
+of the living from those of the dead (:mod:`sandbox.leftovers`): by the lock, not by a pid, which means nothing in
+another container.
 """
 
 from __future__ import annotations
@@ -21,24 +22,42 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LEFT: Final = 20
 
 
-class Root:
-    """The folder of one forkserver, in the temporary folder, mode 0700."""
+class LockedFolder:
+    """A new folder, mode 0700, that this process holds by a lock: while it lives, nobody takes it for abandoned."""
 
-    def __init__(self) -> None:
-        """Make it, and remove the roots of our earlier processes that are gone.
+    def __init__(self, parent: Path, prefix: str) -> None:
+        """Make it in ``parent``, with a random name after ``prefix``.
 
         Raises:
-            OSError: the temporary folder cannot be written.
+            OSError: ``parent`` cannot be written.
         """
-        self.swept = _sweep()
         while True:
-            self.path = Path(tempfile.mkdtemp(prefix=_prefix()))
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if (self.path / _LOCK).exists():
                 break
-            # Between the two lines above another process took it for the root of a dead one.
+            # Between the two lines above another process took it for the folder of a dead one.
             os.close(self._lock)
+
+    def remove(self) -> tuple[str, ...]:
+        """Remove it and all that is in it; returns what could not be removed. Idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        return remove(self.path)
+
+
+class Root(LockedFolder):
+    """The folder of one forkserver, in the temporary folder."""
+
+    def __init__(self) -> None:
+        """Make it.
+
+        Raises:
+            OSError: the temporary folder cannot be written.
+        """
+        super().__init__(Path(tempfile.gettempdir()), root_prefix())
 
     def folder(self, prefix: str) -> Path:
         """A new, empty folder in the root.
@@ -48,36 +67,30 @@ class Root:
         """
         return Path(tempfile.mkdtemp(prefix=f"{prefix}-", dir=self.path))
 
-    def remove(self) -> tuple[str, ...]:
-        """Remove the root and all that is in it; returns what could not be removed. Idempotent."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        return remove(self.path)
 
-
-def _prefix() -> str:
+def root_prefix() -> str:
+    """How the names of this user's roots begin."""
     return f"sandbox-{os.geteuid()}-"
 
 
-def _sweep() -> int:
-    """Remove roots that nobody holds; returns how many."""
-    removed = 0
-    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+@contextlib.contextmanager
+def abandoned(folder: Path) -> Iterator[bool]:
+    """Whether ``folder`` is a :class:`LockedFolder` of this user that nobody holds. In the block nobody else takes it,
+    and what was abandoned stays so."""
+    try:
+        held = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield False  # none of ours, gone, being made just now, or of another user
+        return
+    try:
         try:
-            held = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue  # not a root of ours, being made just now, or of another user
-        try:
-            if os.fstat(held).st_uid == os.geteuid():
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(folder)
-                removed += 1
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(held).st_uid == os.geteuid()
         except BlockingIOError:
-            continue  # its process lives
-        finally:
-            os.close(held)
-    return removed
+            taken = False  # its process lives
+        yield taken
+    finally:
+        os.close(held)
 
 
 def remove(folder: Path) -> tuple[str, ...]:

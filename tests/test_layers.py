@@ -25,6 +25,7 @@ LAYERS = """
     jobs                          # what is to be done
     artifacts ledger meter trackers   # files handed back; what is held; what is used
     origins reclaim
+    leftovers
     policy                        # what is allowed
     capsule                       # what a failed job leaves
     fallback quarantine report    # the decision, the memory of killers, the counts

@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-from sandbox import scratch
+from sandbox import leftovers, scratch
 
 
 def test_removal_of_a_tree_deeper_than_any_recursion(tmp_path: Path) -> None:
@@ -71,6 +71,7 @@ def test_roots_of_the_dead_are_swept_and_those_of_the_living_kept() -> None:
     dead = Path(done.stdout.strip())
     assert dead.exists()
     stranger = Path(tempfile.mkdtemp(prefix=f"sandbox-{os.geteuid()}-"))  # no lock in it: not a root
+    leftovers.sweep()
     another = scratch.Root()
     assert not dead.exists()
     assert living.path.exists() and stranger.exists()

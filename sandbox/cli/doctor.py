@@ -33,11 +33,17 @@ _HELP = """\
 Tells what is really enforced on this host: it starts a forkserver, runs a small job in a confined child, and shows
 that child's own report, beside the facts of the host that matter.
 
-example:
+With --leaks it looks instead for what earlier runs of this user that were killed have left: scratch folders, processes,
+shared memory, semaphores, half copies in the caches of Inductor and Triton. It looks in $TMPDIR, /proc, /dev/shm and
+the caches, and removes nothing unless --remove is given. What a live run owns is never touched, nor is what only may be
+ours: that is listed apart.
+
+examples:
   sandbox doctor --policy production
+  sandbox doctor --leaks --remove
 
 exit codes: 0 the host gives what the policy requires; 1 it does not (one sentence for each thing that is missing);
-2 no such policy
+2 no such policy. With --leaks: 0 nothing of ours is left; 1 something is, or could not be removed
 """
 #: Seconds for the forkserver without torch and the small job, together.
 _CHILD_SECONDS = 60.0
@@ -50,10 +56,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommand(commands, "doctor", "what is really enforced on this host", _HELP)
     add_policy(parser)
     add_json(parser)
+    parser.add_argument("--leaks", action="store_true", help="look for what runs that were killed have left behind")
+    parser.add_argument("--remove", action="store_true", help="with --leaks: remove what is provably ours")
     parser.set_defaults(handler=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.remove and not arguments.leaks:
+        raise SandboxError("--remove needs --leaks")
+    if arguments.leaks:
+        return _leaks(arguments.remove, arguments.json)
     from sandbox import enforce
 
     policy = load(arguments.policy)
@@ -89,6 +101,41 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         _print(report, result)
     return FAILED if problems else OK
+
+
+def _leaks(remove: bool, as_json: bool) -> int:
+    from sandbox import leftovers
+
+    with only_ours_on_stdout():
+        found = leftovers.find(_caches())
+        rows = [
+            {"kind": each.kind, "object": each.object, "proof": each.proof, "problem": each.remove() if remove else ""}
+            for each in found
+        ]
+        perhaps = leftovers.unproven()
+    remaining = [row for row in rows if not remove or row["problem"]]
+    if as_json:
+        print_json({"ok": not remaining, "removed": remove, "found": rows, "unproven": perhaps})
+        return FAILED if remaining else OK
+    for row in rows:
+        done = "left alone" if not remove else f"not removed: {row['problem']}" if row["problem"] else "removed"
+        print(f"{row['kind']} {row['object']}: {done} ({row['proof']})")
+    for text in perhaps:
+        print(f"perhaps ours, never touched: {text}")
+    print(f"{len(rows)} left by runs that were killed, {len(rows) - len(remaining)} removed")
+    return FAILED if remaining else OK
+
+
+def _caches() -> set[Path]:
+    """The folders that kernel files are copied into; with both variables set, torch need not be asked."""
+    named = [os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+    if all(named):
+        return {Path(name) for name in named if name}
+    try:
+        from sandbox.inductor.scheme import cache_folders
+    except ImportError:
+        return {Path(name) for name in named if name}  # without torch nothing was compiled into the others
+    return set(cache_folders().values())
 
 
 def judge(confinement: Confinement, enforcement: Enforcement) -> tuple[list[str], list[str]]:
