@@ -1,0 +1,13 @@
+"""Remove a file in another job's folder."""
+
+import os
+
+NEEDS = ("landlock", "read_only_mounts")
+
+
+def attempt(at):
+    os.unlink(f"{at.sibling_folder}/doomed")
+
+
+def proof(at, seen):
+    return not os.path.exists(f"{at.sibling_folder}/doomed")

@@ -1,0 +1,17 @@
+"""Make a new file in /etc."""
+
+import contextlib
+import os
+
+NEEDS = ("landlock", "read_only_mounts")
+PRIVILEGED = True
+
+
+def attempt(at):
+    open(f"/etc/{at.mark}", "x").close()
+
+
+def proof(at, seen):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"/etc/{at.mark}")
+        return True
