@@ -36,6 +36,8 @@ LEAVE_SECONDS = 2.0
 MAX_LEAKS = 1000
 #: A template that lived shorter than this, in seconds, is not started again before a job asks for it.
 MIN_LIFE_SECONDS = 5.0
+#: What makes the injection points, in the template: by name, and only where the policy allows faults.
+_FAULTS = ("sandbox.faults.inside",)
 _START = "import sys; sys.path[:] = {path!r}; from sandbox.template import main; main({fd})"
 
 
@@ -307,7 +309,7 @@ class Forkserver:
             "sys_path": path,
             "import_torch": self._policy.forkserver.import_torch,
             "warm_up": self._policy.forkserver.warm_up,
-            "preload": list(self._policy.forkserver.preload),
+            "preload": [*self._policy.forkserver.preload, *(_FAULTS if self._policy.allow_faults else ())],
         }
         # A folder of its own for each start: a job may have done anything to the last one.
         folder = self.root.folder("template")

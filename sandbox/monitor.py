@@ -57,8 +57,9 @@ from sandbox.wire import FrameReader, OversizedFrame, encode_frame
 SAMPLE_SECONDS = 0.1
 #: Looks at the tree between two looks at the scratch folder, which cost more.
 DISK_EVERY = 5
-#: Seconds that a keeper has to kill the tree and report, before it is killed itself.
-KILL_SECONDS = 1.0
+#: Seconds that a keeper has to kill the tree and report, before it is killed itself: with that a job ends within one
+#: second after its deadline, also if its keeper hangs.
+KILL_SECONDS = 0.7
 #: Seconds that a worker has to exit once its reply is complete.
 EXIT_SECONDS = 1.0
 #: Seconds, and bytes, for what a dead tree has left in its pipes: more than their buffers hold, less than a hang.
@@ -174,9 +175,9 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         keeper, keeper_end = socket_pair(socket.SOCK_STREAM)
         stack.callback(keeper.close)
         stack.callback(keeper_end.close)
+        wake = stack.enter_context(cancel.listening())  # may raise: before the pipe, whose end is closed below
         stderr, stderr_end = os.pipe2(os.O_CLOEXEC)
         stack.callback(os.close, stderr)
-        wake = stack.enter_context(cancel.listening())
         every = (worker.fileno(), worker_end.fileno(), keeper.fileno(), keeper_end.fileno(), stderr, stderr_end, wake)
         made |= ledger.links(every)
         try:
@@ -366,6 +367,8 @@ def _take(watch: _Watch, envelope: BaseModel, payload: bytes) -> None:
     elif isinstance(envelope, Reply):
         if envelope.job_id != job_id:
             raise WireError(f"a reply of {envelope.job_id} on the channel of {job_id}")
+        if not seen.started:
+            raise WireError("a reply without the 'started' that tells what was enforced")
         if any(leak.kind not in OWN_LEAKS or leak.owner != "child" for leak in envelope.leaks):
             raise WireError("a reply that tells of leaks which are not the worker's to tell")
         seen.reply, seen.payload, watch.reply_at = envelope, payload, time.monotonic()

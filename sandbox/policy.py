@@ -141,6 +141,9 @@ class Policy(_Model):
     trace_leaks: bool = False
     """Whether a child notes the Python call stack whenever it makes a descriptor, file, semaphore, process or thread,
     so that a leak can name its origin. About 30 us for each that is made; for debugging."""
+    allow_faults: bool = False
+    """Whether code may inject faults into jobs (`sandbox.faults`): for tests. Nothing else arms one, no environment
+    variable either."""
     environment: tuple[EnvironmentName, ...] = (
         "PATH", "LANG", "LC_*", "TZ", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
         "TORCHINDUCTOR_*", "TORCH_LOGS", "TRITON_*", "OMP_NUM_THREADS", "CPATH", "LIBRARY_PATH",

@@ -104,6 +104,8 @@ def _serve(control: socket.socket, root: Path) -> None:
             os._exit(0)
         if request["op"] == "fork":
             _send(control, {**_fork(request, fds, keepers), "strays": strays, "leaks": grown})
+            if thread_count() != 1:
+                os._exit(1)  # it would refuse for ever: a new one can fork, and the keepers go on without us
         for fd in fds:
             os.close(fd)
         # After the answer to a fork, so that no job waits for it: what has grown is told with the next answer.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
@@ -129,18 +131,38 @@ def light() -> Iterator[sandbox.Sandbox]:
         yield one
 
 
+@pytest.fixture(scope="session")
+def faulty() -> Iterator[sandbox.Sandbox]:
+    """A sandbox without torch whose policy allows faults."""
+    with sandbox.Sandbox(light_policy(allow_faults=True)) as one:
+        one.wait_ready()
+        yield one
+
+
 @pytest.fixture
 def nothing_left(light: sandbox.Sandbox) -> Iterator[None]:
     """Fails the test if it leaves a descriptor, semaphore, segment, process or temporary file behind."""
+    with leaves_nothing(light):
+        yield
+
+
+@contextlib.contextmanager
+def leaves_nothing(light: sandbox.Sandbox, replaced: bool = False) -> Iterator[None]:
+    """Fails if the block leaves a descriptor, semaphore, segment, process or temporary file behind. ``replaced``:
+    the template dies in it; the new one holds what a fresh one does."""
     template = light.forkserver_pid
     here, there = held(), held(template)
     root = light._forkserver.root.path
     processes = family(template)
     yield
-    assert light.forkserver_pid == template, "the template died"
+    now = light.forkserver_pid
+    assert (now == template) is not replaced, "the template died" if not replaced else "the template lives"
+    if replaced:
+        here = dataclasses.replace(here, children=here.children - {template} | {now})
+        processes = processes - {now}
     assert eventually(lambda: not [name for name in os.listdir(root) if name.startswith("job-")]), (
         "a scratch folder outlived its job"
     )
-    assert eventually(lambda: family(template) <= processes), "a process of the job lives"
+    assert eventually(lambda: family(now) <= processes), "a process of the job lives"
     # A keeper reports before it ends, so its end may be seen a few milliseconds later.
-    assert eventually(lambda: held() == here and held(template) == there), (held(), here, held(template), there)
+    assert eventually(lambda: held() == here and held(now) == there), (held(), here, held(now), there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,7 +21,7 @@ from conftest import eventually, light_policy
 from test_cli import call
 
 import sandbox
-from sandbox import capsule, jobs
+from sandbox import capsule, faults, jobs
 from sandbox.cli.replay import same
 from sandbox.errors import CapsuleError, PolicyError
 from sandbox.limits import MIB, Confinement, Limits
@@ -33,7 +34,7 @@ LIGHT = "[forkserver]\nimport_torch = false\n[limits]\nwall_seconds = 5.0\n"
 
 
 def leaving(folder: Path, **changes: Any) -> Policy:
-    return light_policy(capsule=CapsuleSettings(folder=str(folder), **changes))
+    return light_policy(allow_faults=True, capsule=CapsuleSettings(folder=str(folder), **changes))
 
 
 @pytest.fixture
@@ -47,9 +48,11 @@ def box(folder: Path) -> Iterator[sandbox.Sandbox]:
         yield one
 
 
-def run(box: sandbox.Sandbox, fault: str = ":", **more: str) -> JobResult:
-    environment = {**box.environment(), "SANDBOX_TEST_FAULT": fault, **more}
-    return box.submit(sandbox.callable_job(faultpoints.build, limits=LIMITS, environment=environment)).result(60)
+def run(box: sandbox.Sandbox, fault: str = "", at: str = "child.run", **more: str) -> JobResult:
+    environment = {**box.environment(), **more}
+    job = sandbox.callable_job(faultpoints.build, limits=LIMITS, environment=environment)
+    with faults.inject(fault, at, into=box) if fault else contextlib.nullcontext():
+        return box.submit(job).result(60)
 
 
 def written(result: JobResult) -> Path:
@@ -70,7 +73,7 @@ def crash(box: sandbox.Sandbox, function: Callable[[], Any] | None = None, **mor
 
 
 def test_a_crash_leaves_all_that_is_needed_to_see_it_again(box: sandbox.Sandbox, folder: Path) -> None:
-    result = run(box, "run:sigsegv")
+    result = run(box, "sigsegv")
     left = written(result)
     assert left.parent == folder
     assert sorted(os.listdir(left)) == [
@@ -86,13 +89,13 @@ def test_a_crash_leaves_all_that_is_needed_to_see_it_again(box: sandbox.Sandbox,
     assert found.spec.job_id == result.job_id
     assert (left / "stderr.txt").read_text() == result.stderr_tail
     stack = (left / "stack.txt").read_text()
-    assert stack.startswith("Fatal Python error: Segmentation fault") and "faultpoints.py" in stack
+    assert stack.startswith("Fatal Python error: Segmentation fault") and "faults/kinds.py" in stack
     assert {"torch", "triton", "python", "kernel", "torch-compile-sandbox"} <= set(found.about.versions)
     assert box.stats().jobs[-1].capsule == str(left)
 
 
 def test_a_hang_leaves_the_stack_of_what_hung(box: sandbox.Sandbox) -> None:
-    result = run(box, "run:busy_loop")
+    result = run(box, "busy_loop")
     assert result.status is Status.TIMEOUT
     assert "in _busy" in (written(result) / "stack.txt").read_text()
 
@@ -120,13 +123,13 @@ def test_a_worker_that_is_stopped_or_ignores_the_question_is_killed_all_the_same
         time.sleep(60)
 
     started = time.monotonic()
-    assert run(box, "run:sigstop").status is Status.TIMEOUT
+    assert run(box, "sigstop").status is Status.TIMEOUT
     for function in (deaf, frail):
         assert capsule.read(crash(box, function), MIB).outcome.status is Status.TIMEOUT
     assert time.monotonic() - started < 3 * (LIMITS.wall_seconds + 10)
 
 
-@pytest.mark.parametrize("fault", [":", "run:raise"])
+@pytest.mark.parametrize("fault", ["", "raise"])
 def test_what_went_well_or_is_the_programs_error_leaves_none(box: sandbox.Sandbox, folder: Path, fault: str) -> None:
     assert run(box, fault).capsule == ""
     assert not folder.exists()
@@ -134,8 +137,8 @@ def test_what_went_well_or_is_the_programs_error_leaves_none(box: sandbox.Sandbo
 
 def test_the_policy_chooses(folder: Path) -> None:
     with sandbox.Sandbox(leaving(folder, statuses=(Status.COMPILE_ERROR,))) as box:
-        assert run(box, "run:sigsegv").capsule == ""
-        found = capsule.read(written(run(box, "run:raise")), MIB)
+        assert run(box, "sigsegv").capsule == ""
+        found = capsule.read(written(run(box, "raise")), MIB)
     assert found.outcome.failure is not None and found.outcome.failure.message == "injected"
 
 
@@ -211,7 +214,7 @@ def test_the_oldest_are_removed_and_what_is_not_ours_stays(folder: Path) -> None
         (folder / name).mkdir()
     os.utime(folder / ".half-1-x", (0, 0))
     with sandbox.Sandbox(leaving(folder, keep=2)) as box:
-        newest = written(run(box, "run:sigsegv"))
+        newest = written(run(box, "sigsegv"))
     assert {path.name for path in folder.iterdir()} == {
         "notes", ".half-2-y", newest.name, "20990101T000000Z-job-000000000002"
     }  # fmt: skip
@@ -265,7 +268,7 @@ def test_a_folder_that_cannot_take_it_costs_the_capsule_only(
     monkeypatch.setattr(capsule.log, "warning", lambda text, *values: told.append(text % values))
     with sandbox.Sandbox(leaving(folder)) as box:
         for _ in range(2):
-            assert run(box, "run:sigsegv").status is Status.CRASHED
+            assert run(box, "sigsegv").status is Status.CRASHED
         assert eventually(lambda: sum(box.stats().swallowed.values()) == 2, 30), box.stats().swallowed
     assert len(told) == 1 and "a crash capsule cannot be written" in told[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_dir() and "job-" in path.name]
@@ -282,7 +285,7 @@ def test_a_disk_that_hangs_delays_no_answer(folder: Path, monkeypatch: pytest.Mo
     with sandbox.Sandbox(leaving(folder)) as box:
         try:
             for _ in range(capsule.BACKLOG + 3):
-                assert run(box, "run:sigsegv").status is Status.CRASHED
+                assert run(box, "sigsegv").status is Status.CRASHED
             assert hanging.is_set()
             assert eventually(lambda: box.stats().swallowed == {"CapsuleError": 2}), box.stats().swallowed
         finally:
@@ -454,7 +457,7 @@ def test_a_segfault_segfaults_again(copied: Path, tmp_path: Path) -> None:
 def test_what_does_not_happen_again_is_told(tmp_path: Path, folder: Path) -> None:
     """The fault was in the environment of the template, which the replay does not have."""
     with sandbox.Sandbox(leaving(folder)) as box:
-        left = written(run(box, "send_reply:sigsegv"))
+        left = written(run(box, "sigsegv", "child.send_reply"))
     (tmp_path / "modules").mkdir()
     code, out, errors = replay(tmp_path, left, "--json")
     assert (code, errors) == (1, "")
@@ -500,23 +503,21 @@ def test_an_inductor_graph_that_was_killed_compiles_without_the_fault(tmp_path: 
 
     policy = Policy(
         name="killing",
-        environment=(*Policy().environment, "SANDBOX_TEST_*"),
-        forkserver=Policy().forkserver.model_copy(update={"preload": ("faultpoints",), "warm_up": False}),
+        allow_faults=True,
+        forkserver=Policy().forkserver.model_copy(update={"warm_up": False}),
         capsule=CapsuleSettings(folder=str(folder)),
         ladder=Policy().ladder.model_copy(update={"crashed": ("raise",)}),
     )
-    os.environ["SANDBOX_TEST_FAULT"] = "run:sigsegv"
     torch.compiler.reset()
     sandbox.install(policy)
     try:
         compiled = torch.compile(lambda x: torch.relu(x @ x).sum(0) * 3.25)
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(Exception) as caught, faults.inject("sigsegv"):
             compiled(torch.randn(17, 17))
         rows = sandbox.stats().jobs
     finally:
         sandbox.uninstall()
         torch.compiler.reset()
-        del os.environ["SANDBOX_TEST_FAULT"]
     left = Path(rows[-1].capsule)
     assert eventually(left.is_dir, 30)
     assert f"to run it again: sandbox replay {left}" in str(caught.value)

@@ -16,25 +16,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import eventually, held
-from faultpoints import MANNERS
 
 import sandbox
+from sandbox import faults
 from sandbox.inductor.install import installed
 from sandbox.inductor.scheme import Scheme
-from sandbox.policy import ForkserverSettings, Policy
+from sandbox.policy import Policy
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
-POLICY = Policy(
-    name="test",
-    environment=(*Policy().environment, "SANDBOX_TEST_*"),
-    forkserver=ForkserverSettings(preload=("faultpoints",)),
-)
+POLICY = Policy(name="test", allow_faults=True)
 
 
 @pytest.fixture(scope="module")
 def scheme() -> Iterator[Scheme]:
-    """The sandbox, installed for this module; its template can break phases, see faultpoints.py."""
+    """The sandbox, installed for this module; its template takes faults."""
     sandbox.install(policy=POLICY)
     one = installed()
     assert one is not None
@@ -210,31 +206,21 @@ def test_a_compile_error_is_what_inductor_would_have_raised(scheme: Scheme, coun
 @pytest.mark.parametrize(
     ("fault", "outcomes", "fallbacks"),
     [
-        ("run:sigsegv", {"crashed": 3}, {"retry": 1, "reduced": 1, "eager": 1}),
-        ("run:sigstop", {"timeout": 2}, {"reduced": 1, "eager": 1}),
-        ("run:memory_hog", {"memory_limit": 2}, {"reduced": 1, "eager": 1}),
-        ("run:fork_bomb", {"violation": 1}, {"eager": 1}),
-        ("send_reply:garbage_reply", {"protocol_error": 2}, {"retry": 1, "in_process": 1}),
+        ("sigsegv", {"crashed": 3}, {"retry": 1, "reduced": 1, "eager": 1}),
+        ("sigstop", {"timeout": 2}, {"reduced": 1, "eager": 1}),
+        ("oom_slow", {"memory_limit": 2}, {"reduced": 1, "eager": 1}),
+        ("fork_bomb", {"violation": 1}, {"eager": 1}),
+        ("garbage", {"protocol_error": 2}, {"retry": 1, "in_process": 1}),
     ],
 )
 def test_the_service_gets_an_answer_whatever_happens_in_the_child(
-    scheme: Scheme,
-    counted: Counted,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: str,
-    outcomes: dict[str, int],
-    fallbacks: dict[str, int],
+    scheme: Scheme, counted: Counted, fault: str, outcomes: dict[str, int], fallbacks: dict[str, int]
 ) -> None:
-    # Only the one that must hit it has a short time: on a loaded machine a compile takes long.
-    seconds = 3.0 if "timeout" in outcomes else 60.0
-    limits = POLICY.limits.model_copy(update={"wall_seconds": seconds, "memory_bytes": 1 << 29, "processes": 60})
-    monkeypatch.setattr(scheme, "policy", POLICY.model_copy(update={"limits": limits}))
-    monkeypatch.setenv("SANDBOX_TEST_FAULT", fault)
     # A constant of its own for each fault: a graph that was quarantined by one is not the graph of the next.
-    number = 1.0 + list(MANNERS).index(fault.partition(":")[2])
+    number = 1.0 + list(faults.KINDS).index(fault)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
     x = torch.randn(3, 4)
-    with torch.no_grad():
+    with faults.inject(fault), torch.no_grad():
         close(torch.compile(lambda x: model(x) * number)(x), model(x) * number)
     assert counted("outcomes") == outcomes
     assert counted("fallbacks") == fallbacks
@@ -243,23 +229,20 @@ def test_the_service_gets_an_answer_whatever_happens_in_the_child(
     children = counted("children_started")
     # The same graph again, healthy or not: a killer is in quarantine, and no child is started for it.
     torch._dynamo.reset()
-    monkeypatch.setenv("SANDBOX_TEST_FAULT", ":")
     with torch.no_grad():
         close(torch.compile(lambda x: model(x) * number)(x), model(x) * number)
     assert counted("children_started") == children + (0 if killed else 1)
 
 
-def test_a_training_step_that_falls_back_to_eager_has_the_same_gradients(
-    scheme: Scheme, counted: Counted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SANDBOX_TEST_FAULT", "run:sigabrt")
+def test_a_training_step_that_falls_back_to_eager_has_the_same_gradients(scheme: Scheme, counted: Counted) -> None:
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
     x = torch.randn(2, 5, 16)
     grads = []
     for run in (layer, torch.compile(layer)):
         torch.manual_seed(3)
         layer.zero_grad()
-        run(x).square().mean().backward()
+        with faults.inject("sigabrt"):
+            run(x).square().mean().backward()
         grads.append([p.grad.clone() for p in layer.parameters()])
     for got, want in zip(*grads, strict=True):
         close(got, want)

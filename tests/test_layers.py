@@ -47,6 +47,9 @@ LAYERS = """
     monitor
     executor
 
+    faults.kinds                  # faults on purpose, see sandbox/faults/__init__.py
+    faults.inside                 # in the template
+
     triton inductor
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
     inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels
@@ -59,6 +62,8 @@ LAYERS = """
     inductor.scheme               # the parent's side
     inductor.install
     inductor.backend
+    faults.injection              # in the parent
+    faults
 
     sandbox                       # the public API
 

@@ -103,7 +103,7 @@ def test_what_sets_the_policies_apart() -> None:
 MISTAKES = {
     "unknown key": ("[limits]\nwal_seconds = 5", "wal_seconds = 5: there is no such key; did you mean 'wall_seconds'?"),
     "key in the wrong table": ("wall_seconds = 5", "there is no such key; did you mean 'limits.wall_seconds'?"),
-    "unknown table": ("[zz]\na = 1", "zz = {'a': 1}: there is no such key; allowed: allow_in_process, "),
+    "unknown table": ("[zz]\na = 1", "zz = {'a': 1}: there is no such key; allowed: allow_faults, allow_in_process"),
     "no ladder for ok": ("[ladder]\nok = ['retry']", "ladder.ok = ['retry']: there is no such key; allowed: cancel"),
     "unit": (
         '[limits]\nmemory_bytes = "4G"',
