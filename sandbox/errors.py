@@ -5,6 +5,7 @@
     ├── JobError                     a job description is wrong; nothing was started
     ├── WireError                    a frame or a reply is malformed (becomes status ``protocol_error``)
     ├── ForkserverError              the forkserver could not be started or did not answer
+    ├── RefusedError                 a job was not started: the circuit breaker is open, or no memory became free
     ├── EnforcementError             a mechanism that the policy requires is unavailable on this host
     ├── QuarantineError              the quarantine's folder or one of its files cannot be used
     ├── UnserializableError          a graph cannot be sent to a child
@@ -37,6 +38,11 @@ class WireError(SandboxError):
 
 class ForkserverError(SandboxError):
     """The forkserver could not be started, died, or did not answer in time."""
+
+
+class RefusedError(SandboxError):
+    """A job was not started: the circuit breaker is open, or no memory became free in time. Becomes the status
+    ``sandbox_error``."""
 
 
 class EnforcementError(SandboxError):

@@ -1,9 +1,10 @@
 """The executor: jobs in, futures out.
 
-    submit(job) ─▶ waits for a free slot ─▶ monitor.run in a thread of the job's own ─▶ Future[JobResult]
+    submit(job) ─▶ a free slot ─▶ breaker ─▶ forkserver ─▶ memory ─▶ monitor.run ─▶ Future[JobResult]
 
-One job is one child. The executor repeats a job only when the forkserver itself failed before the child ran; what
-to do after a job's own failure is the ladder's word (:mod:`sandbox.fallback`), which the caller asks.
+Each slot is a thread. One job is one child. The executor repeats a job only when the forkserver itself failed before
+the child ran; what to do after a job's own failure is the ladder's word (:mod:`sandbox.fallback`), which the caller
+asks.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandbox import admission
+from sandbox.breaker import Breaker
 from sandbox.capsule import Writer
-from sandbox.errors import ForkserverError, SandboxError
+from sandbox.errors import ForkserverError, RefusedError, SandboxError
 from sandbox.forkserver import Forkserver
 from sandbox.jobs import Job
 from sandbox.monitor import Cancel, run
@@ -62,6 +65,8 @@ class Sandbox:
         self._finalizer = weakref.finalize(self, _end, self._forkserver, self._pid)
         self._own_cache = self._forkserver.root.path / "cache"
         self._cache = cache
+        self._admission = admission.shared()
+        self._breaker = Breaker(self.policy.breaker)
         self._slots = self.policy.parallel_jobs or usable_cores()
         self._capsules = Writer(self.policy, self.recorder.swallowed)
         self._lock = threading.Lock()
@@ -146,6 +151,7 @@ class Sandbox:
                 self._pending.remove(task)
         task.cancel.cancel(reason)
         self._forkserver.poke()
+        self._admission.poke()
         if waiting:
             # Not running, but whoever waits for the future must be told, also if its owner has cancelled it.
             task.future.set_running_or_notify_cancel()
@@ -165,6 +171,8 @@ class Sandbox:
             restarts=forkserver.restarts,
             forkserver_seconds=float(forkserver.facts.get("seconds", 0.0)),
             leaks=forkserver.leaks(),
+            breaker=self._breaker.state,
+            breaker_opened=self._breaker.opened,
         )
 
     def environment(self) -> dict[str, str]:
@@ -240,19 +248,57 @@ class Sandbox:
     def _run(self, task: _Task) -> JobResult:
         if not task.future.set_running_or_notify_cancel():
             return _failed(task.job, Status.CANCELLED, "the future was cancelled")
+        try:
+            stretch = self._breaker.enter()
+        except RefusedError as error:
+            return _failed(task.job, Status.SANDBOX_ERROR, str(error))
+        works, problem = None, ""
+        try:
+            result = self._admitted(task)
+            works, problem = _works(result), result.detail
+            return result
+        except RefusedError as error:  # no memory: whether the sandbox works is not known
+            return _failed(task.job, Status.SANDBOX_ERROR, str(error))
+        except Exception as error:
+            works, problem = False, f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._breaker.leave(stretch, works, problem)
+
+    def _admitted(self, task: _Task) -> JobResult:
+        """Run the job when there are a forkserver and memory.
+
+        Raises:
+            RefusedError: no memory became free in time.
+            OSError: as :func:`sandbox.monitor.run`.
+        """
         problem = ""
-        for _ in range(FORKSERVER_TRIES):
-            if task.cancel.reason is not None:
-                return _failed(task.job, Status.CANCELLED, task.cancel.reason)
-            try:
-                self._forkserver.wait_ready(wanted=lambda: task.cancel.reason is None)
-                if task.cancel.reason is not None:
+        wanted = task.job.spec.limits.memory_bytes
+
+        def still_wanted() -> bool:
+            return task.cancel.reason is None
+
+        with contextlib.ExitStack() as held:
+            grant: admission.Grant | None = None
+            for _ in range(FORKSERVER_TRIES):
+                if not still_wanted():
                     break
-                queued = time.monotonic() - task.submitted
-                return run(self._forkserver, task.job, task.cancel, task.targets, queued)
-            except ForkserverError as error:
-                self.recorder.swallowed(error)
-                problem = str(error)
+                try:
+                    # First the forkserver, whose memory is then among what is in use.
+                    self._forkserver.wait_ready(wanted=still_wanted)
+                    if grant is None:
+                        grant = held.enter_context(self._admission.granted(self.policy.memory, wanted, still_wanted))
+                    if grant is None or not still_wanted():
+                        break
+                    queued = time.monotonic() - task.submitted
+                    job = _limited(task.job, grant.bytes)
+                    result = run(self._forkserver, job, task.cancel, task.targets, queued, grant.tell)
+                except ForkserverError as error:
+                    self.recorder.swallowed(error)
+                    problem = str(error)
+                else:
+                    less = grant.explain() if result.status is Status.MEMORY_LIMIT else ""
+                    return result.model_copy(update={"detail": f"{result.detail}; {less}"}) if less else result
         if task.cancel.reason is not None:
             return _failed(task.job, Status.CANCELLED, task.cancel.reason)
         return _failed(task.job, Status.SANDBOX_ERROR, problem)
@@ -278,6 +324,22 @@ def usable_cores() -> int:
 
 def _failed(job: Job, status: Status, detail: str) -> JobResult:
     return JobResult(job_id=job.spec.job_id, status=status, detail=detail, leaks=LeakReport(job_id=job.spec.job_id))
+
+
+def _limited(job: Job, memory_bytes: int) -> Job:
+    """The job with what it was granted as its limit, for watchdog, rlimit and cgroup."""
+    limits = job.spec.limits
+    if memory_bytes == limits.memory_bytes:
+        return job
+    limits = limits.model_copy(update={"memory_bytes": memory_bytes})
+    return Job(job.spec.model_copy(update={"limits": limits}), job.payload)
+
+
+def _works(result: JobResult) -> bool | None:
+    """Whether the sandbox did its part, as far as this process saw; None if it cannot say."""
+    if result.status is Status.SANDBOX_ERROR:
+        return None if result.by_child else False
+    return None if result.status is Status.CANCELLED else True
 
 
 def _end(forkserver: Forkserver, pid: int) -> None:

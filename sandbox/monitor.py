@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +83,7 @@ class _Watch:
     stderr: int
     process: Keeper
     started: float
+    tell_memory: Callable[[int], None]
     seen: Evidence = field(default_factory=Evidence)
     meter: TreeMeter | None = None
     kill_deadline: float | None = None
@@ -146,7 +147,14 @@ class Cancel:
             os.close(write)
 
 
-def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Path], queued: float = 0.0) -> JobResult:
+def run(
+    forkserver: Forkserver,
+    job: Job,
+    cancel: Cancel,
+    targets: dict[str, Path],
+    queued: float = 0.0,
+    tell_memory: Callable[[int], None] = lambda _: None,
+) -> JobResult:
     """Run one job in one fresh child, to its end.
 
     Args:
@@ -155,6 +163,7 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         cancel: ends the job early with status `cancelled`.
         targets: the user's cache folders by the first part of an artifact's path.
         queued: seconds that the job waited before this call, for the result.
+        tell_memory: called at each look with the bytes that the job uses.
 
     Raises:
         ForkserverError: the child could not be forked; nothing is left of the job.
@@ -191,7 +200,7 @@ def run(forkserver: Forkserver, job: Job, cancel: Cancel, targets: dict[str, Pat
         worker.setblocking(False)
         keeper.setblocking(False)
         os.set_blocking(stderr, False)
-        watch = _Watch(job, folder, worker, keeper, stderr, process, started)
+        watch = _Watch(job, folder, worker, keeper, stderr, process, started, tell_memory)
         try:
             _measure(watch)
             _watch(watch, cancel, wake)
@@ -430,6 +439,7 @@ def _sample(watch: _Watch, ticks: int) -> None:
     usage = watch.meter.sample()
     watch.cpu_seconds = max(watch.cpu_seconds, usage.cpu_seconds)
     watch.peak_memory = max(watch.peak_memory, usage.memory_bytes)
+    watch.tell_memory(usage.memory_bytes)
     # The more telling cause first: a fork bomb is over the memory limit, too.
     if usage.processes > limits.processes:
         watch.breach(Status.VIOLATION, f"{usage.processes} processes, limits.processes = {limits.processes}")
@@ -506,6 +516,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
     return JobResult(
         job_id=spec.job_id,
         status=status,
+        by_child=reply is not None and status is reply.status,
         detail=detail,
         value=value,
         failure=reply.failure if reply is not None and status is reply.status else None,
@@ -518,6 +529,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
             start_seconds=reply.start_seconds if reply else 0.0,
             cpu_seconds=max(watch.cpu_seconds, exited.cpu_seconds if exited else 0.0),
             peak_memory_bytes=watch.peak_memory,
+            memory_granted_bytes=spec.limits.memory_bytes,
             stderr_bytes=watch.stderr_bytes,
         ),
         stderr_tail=seen.last_words,

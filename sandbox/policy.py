@@ -106,6 +106,30 @@ class ForkserverSettings(_Model):
     """Modules to import in the forkserver besides torch: those that register custom ops or lowerings."""
 
 
+class BreakerSettings(_Model):
+    """The circuit breaker: when the sandbox itself keeps failing, no more children are tried for a while."""
+
+    failures: Annotated[int, Field(ge=0, le=1000)] = 5
+    """Jobs in a row that end as `sandbox_error` by our own fault (no forkserver, no fork, no disk), a count. When hit:
+    it opens, and further jobs end at once as `sandbox_error`; the ladder says what becomes of them. 0 means never."""
+    open_seconds: Seconds = 30.0
+    """Time until one job tries again, in seconds. If it succeeds, all do; if it fails, it is open for as long again."""
+
+
+class MemorySettings(_Model):
+    """The memory that jobs may take follows what is free: of the host, and of each cgroup above this process, page
+    cache discounted. A job gets `limits.memory_bytes`, or what is left."""
+
+    reserve_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = GIB // 4
+    """Memory that is never granted to jobs, in bytes: room for the serving process itself."""
+    min_bytes: Annotated[int, Field(ge=GIB // 16, le=1 << 50)] = GIB // 2
+    """The least that a job is granted, in bytes; one whose `limits.memory_bytes` is less needs only that. If less is
+    free: the job waits, first come first served."""
+    wait_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 60.0
+    """How long a job waits for memory, in seconds. When hit: it ends as `sandbox_error`, with what is free and which
+    bound that is."""
+
+
 class QuarantineSettings(_Model):
     """The memory of graphs that have killed a child and got no answer from another: they get no further child."""
 
@@ -157,6 +181,10 @@ class Policy(_Model):
     """Which mechanisms confine a child."""
     forkserver: ForkserverSettings = ForkserverSettings()
     """The warm template process."""
+    memory: MemorySettings = MemorySettings()
+    """The memory of all jobs together."""
+    breaker: BreakerSettings = BreakerSettings()
+    """The circuit breaker."""
     quarantine: QuarantineSettings = QuarantineSettings()
     """The memory of graphs that have killed a child."""
     capsule: CapsuleSettings = CapsuleSettings()

@@ -80,6 +80,10 @@ class Stats(_Model):
     forkserver_restarts: int = 0
     forkserver_seconds: float = 0.0
     """Start and warm-up of the newest forkserver, in seconds."""
+    breaker: str = "closed"
+    """State of the circuit breaker: `closed`, `open`, `half_open` or `off`."""
+    breaker_opened: int = 0
+    """How often it has opened."""
     enforcement: dict[str, str] = {}
     """State per mechanism: the weakest that any job saw."""
     swallowed: dict[str, int] = {}
@@ -153,9 +157,15 @@ class Recorder:
             self._rows.append(row)
 
     def snapshot(
-        self, children: int = 0, restarts: int = 0, forkserver_seconds: float = 0.0, leaks: tuple[Leak, ...] = ()
+        self,
+        children: int = 0,
+        restarts: int = 0,
+        forkserver_seconds: float = 0.0,
+        leaks: tuple[Leak, ...] = (),
+        breaker: str = "closed",
+        breaker_opened: int = 0,
     ) -> Stats:
-        """The counts as a model, with what the forkserver knows; ``leaks``: what belongs to no job."""
+        """The counts as a model, with what forkserver and circuit breaker know; ``leaks``: what belongs to no job."""
         with self._lock:
             leaked = self._leaks + Counter(leak.kind for leak in leaks)
             return Stats(
@@ -174,6 +184,8 @@ class Recorder:
                 children_started=children,
                 forkserver_restarts=restarts,
                 forkserver_seconds=forkserver_seconds,
+                breaker=breaker,
+                breaker_opened=breaker_opened,
                 enforcement=dict(sorted(self._enforcement.items())),
                 swallowed=dict(self._swallowed),
                 jobs=tuple(self._rows),

@@ -69,6 +69,9 @@ class Usage(_Model):
     peak_memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Highest private memory of the process tree that the watchdog saw, in bytes."""
 
+    memory_granted_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """What it was allowed to use: `limits.memory_bytes`, or less where less was free. 0 if it was not started."""
+
     stderr_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Bytes written to stdout and stderr in all; the result keeps a bounded tail."""
 
@@ -193,6 +196,8 @@ class JobResult(_Model):
 
     job_id: str
     status: Status
+    by_child: bool = False
+    """Whether the status is the child's own word, and not what this process saw."""
     detail: str = ""
     """One line for people: what failed and why. Empty when ok."""
     value: Any = None

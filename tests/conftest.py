@@ -17,6 +17,7 @@ import pytest
 
 import sandbox
 from sandbox import ledger
+from sandbox.limits import Limits
 from sandbox.policy import CapsuleSettings, ForkserverSettings, Policy
 
 HERE = Path(__file__).parent
@@ -115,9 +116,11 @@ def _own_quarantine(cache_homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def light_policy(**changes: object) -> Policy:
     """A policy whose template has no torch: it starts in 0.2 s, for tests of the process machinery."""
-    settings = {
+    settings: dict[str, object] = {
         "forkserver": ForkserverSettings(import_torch=False, preload=("faultpoints",)),
         "capsule": CapsuleSettings(keep=0),
+        # Small, so that many jobs of it find memory side by side.
+        "limits": Limits(memory_bytes=1 << 29),
         **changes,
     }
     return Policy(name="light", environment=("PATH", "LANG", "SANDBOX_TEST_*"), **settings)

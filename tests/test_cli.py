@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from sandbox.cli import demo, models, output
-from sandbox.cli.doctor import judge
+from sandbox.cli.doctor import budget_of, judge
 from sandbox.cli.policy import as_toml
 from sandbox.cli.run import split
 from sandbox.limits import Confinement
+from sandbox.memory import Free
 from sandbox.policy import load, parse, shipped
 from sandbox.report import Stats
 from sandbox.results import Enforcement, Mechanism, State
@@ -173,6 +174,28 @@ def test_doctor_shows_what_a_child_was_confined_by(tmp_path: Path) -> None:
     assert set(report["enforcement"]) == set(Confinement().demands())
     assert report["host"]["torch"] and report["host"]["private_names_of_torch"] == "all found"
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_doctor_tells_the_memory_budget() -> None:
+    class Made:
+        def __init__(self, *bounds: Free) -> None:
+            self._bounds = list(bounds)
+
+        def bounds(self) -> list[Free]:
+            return self._bounds
+
+    policy = load("production")  # 4 jobs of 4 GiB, 512 MiB reserved
+    host = Free(24 << 30, "the host")
+    found = budget_of(policy, Made(host))
+    assert (found["jobs_that_fit"], found["job_bytes"], found["problem"]) == (4, 4 << 30, "")
+    found = budget_of(policy, Made(host, Free(9 << 30, "the cgroup /pod")))
+    assert (found["jobs_that_fit"], found["free_bytes"], found["bound"]) == (3, 9 << 30, "the cgroup /pod")
+    found = budget_of(policy, Made(host, Free(3 << 30, "the cgroup /pod")))
+    assert (found["jobs_that_fit"], found["job_bytes"]) == (1, 5 << 29)
+    found = budget_of(policy, Made(host, Free(900 << 20, "the cgroup /pod")))
+    assert found["jobs_that_fit"] == 0
+    assert "the cgroup /pod has 943718400 free" in found["problem"] and "536870912" in found["problem"]
+    assert budget_of(policy, Made())["jobs_that_fit"] == 4
 
 
 def test_doctor_says_one_sentence_for_each_missing_mechanism() -> None:

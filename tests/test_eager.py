@@ -18,7 +18,11 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from sandbox.errors import CompileFailed  # noqa: E402
 from sandbox.inductor import compat, eager, kernels, philox  # noqa: E402
-from sandbox.inductor.identity import graph_digest  # noqa: E402
+from sandbox.inductor.identity import graph_digest, made_for, quarantine_key  # noqa: E402
+from sandbox.inductor.scheme import starved  # noqa: E402
+from sandbox.limits import Limits  # noqa: E402
+from sandbox.policy import Policy  # noqa: E402
+from sandbox.results import JobResult, LeakReport, Status, Usage  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
@@ -267,3 +271,37 @@ def test_numbers_on_a_gpu_are_those_of_triton(tmp_path: Any) -> None:
         [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_full_host_has_done_is_not_held_against_the_graph() -> None:
+    policy = Policy()
+    limit = policy.limits.memory_bytes
+    for status, granted, want in [
+        (Status.MEMORY_LIMIT, limit, False),
+        (Status.MEMORY_LIMIT, limit - 1, True),
+        (Status.CRASHED, limit - 1, False),
+    ]:
+        usage = Usage(memory_granted_bytes=granted)
+        result = JobResult(job_id="job-1", status=status, usage=usage, leaks=LeakReport(job_id="job-1"))
+        assert starved(policy, result) is want
+
+
+def test_another_compiler_limit_or_device_is_another_key() -> None:
+    x = [torch.ones(3)]
+    sin = torch.fx.symbolic_trace(lambda x: torch.sin(x))
+    policy = Policy()
+    facts = made_for(policy, "cpu")
+    assert facts["torch"] == torch.__version__ and facts["target"] == "cpu"
+    more = policy.model_copy(update={"limits": Limits(memory_bytes=1 << 35)})
+    renamed = policy.model_copy(update={"name": "other"})
+    ladder = policy.model_copy(update={"description": "other", "parallel_jobs": 7})
+    assert made_for(ladder, "cpu") == facts, "what cannot change the outcome is no part of it"
+    others = [
+        facts, made_for(policy, "cuda:90"), made_for(more, "cpu"), made_for(renamed, "cpu"), {**facts, "torch": "1"},
+        {**facts, "triton": "1"},
+    ]  # fmt: skip
+    keys = {quarantine_key(sin, x, each) for each in others}
+    assert len(keys) == len(others) and all(len(key) == 64 for key in keys)
+    assert quarantine_key(sin, x, facts) == quarantine_key(
+        torch.fx.symbolic_trace(lambda x: torch.sin(x)), x, dict(facts)
+    )

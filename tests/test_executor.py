@@ -348,9 +348,10 @@ def threads_idle() -> int:
 HOST = """
 import os, sys, time
 import sandbox
-from sandbox.policy import ForkserverSettings, Policy
+from sandbox.policy import ForkserverSettings, Limits, Policy
 print("RUN", flush=True)   # printed once, or the host's __main__ ran again
-policy = Policy(parallel_jobs=10, forkserver=ForkserverSettings(import_torch=False))
+limits = Limits(memory_bytes=1 << 28)  # ten of them find memory at once
+policy = Policy(parallel_jobs=10, limits=limits, forkserver=ForkserverSettings(import_torch=False))
 box = sandbox.Sandbox(policy)
 def work(n):
     import _multiprocessing, os, subprocess, time

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Every module, in layers. A module imports only from lines above its own; nobody imports from its own line.
 LAYERS = """
-    errors explain limits processes results scratch enforce.libc enforce.paths
+    errors explain limits memory processes results scratch enforce.libc enforce.paths
 
     jobs                          # what is to be done
     artifacts ledger meter trackers   # files handed back; what is held; what is used
@@ -29,7 +29,7 @@ LAYERS = """
     policy                        # what is allowed
     capsule                       # what a failed job leaves
     fallback quarantine report    # the decision, the memory of killers, the counts
-    quarantine_files
+    admission breaker quarantine_files    # who may start; what a restart does not forget
 
     envelopes opcodes
     unpickle

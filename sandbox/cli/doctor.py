@@ -26,6 +26,7 @@ from sandbox.cli.output import (
 )
 from sandbox.errors import SandboxError
 from sandbox.limits import Confinement
+from sandbox.memory import Memory
 from sandbox.policy import Policy, load
 from sandbox.results import Enforcement, JobResult, Mechanism, State
 
@@ -82,6 +83,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         mechanisms |= result.enforcement.mechanisms
         if not result.ok:
             problems.append(f"A small job in a child ended with {result.status.value}: {result.detail}")
+    budget = budget_of(policy)
+    problems += [budget["problem"]] if budget["problem"] else []
     missing, partial = judge(policy.confinement, Enforcement(mechanisms=mechanisms))
     problems += missing
     warnings += partial
@@ -92,6 +95,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         "reasons": {name: mechanism.reason for name, mechanism in sorted(mechanisms.items()) if mechanism.reason},
         "demands": policy.confinement.demands(),
         "host": host,
+        "budget": budget,
         "child": {"status": result.status.value, "usage": result.usage.model_dump()},
         "problems": problems,
         "warnings": warnings,
@@ -163,9 +167,13 @@ def _small_job(policy: Policy) -> JobResult:
     from sandbox import Sandbox, callable_job
 
     confinement = policy.confinement.softened()
-    # Confinement does not depend on what the forkserver holds, and without torch it starts in 0.2 s.
+    # Confinement does not depend on what the forkserver holds, and without torch it starts in 0.2 s. Whether there is
+    # memory for it is told at once.
     light = policy.model_copy(
-        update={"forkserver": policy.forkserver.model_copy(update={"import_torch": False, "preload": ()})}
+        update={
+            "forkserver": policy.forkserver.model_copy(update={"import_torch": False, "preload": ()}),
+            "memory": policy.memory.model_copy(update={"wait_seconds": 0.0}),
+        }
     )
     with Sandbox(light) as runner:
         job = callable_job(os.getpid, limits=policy.limits, confinement=confinement, environment=runner.environment())
@@ -173,6 +181,36 @@ def _small_job(policy: Policy) -> JobResult:
             return runner.submit(job, name="doctor").result(_CHILD_SECONDS)
         except FutureTimeoutError:
             raise SandboxError(f"a small job gave no answer in {_CHILD_SECONDS:.0f} s") from None
+
+
+def budget_of(policy: Policy, memory: Memory | None = None) -> dict[str, Any]:
+    """What jobs of the policy may take now, in bytes, which bound says so, and how many of them fit side by side."""
+    from sandbox.executor import usable_cores
+
+    bounds = (memory or Memory()).bounds()
+    tightest = min(bounds, key=lambda bound: bound.bytes, default=None)
+    settings, limit, slots = policy.memory, policy.limits.memory_bytes, policy.parallel_jobs or usable_cores()
+    left = limit * slots if tightest is None else max(0, tightest.bytes - settings.reserve_bytes)
+    least = min(limit, settings.min_bytes)
+    # The last one may get less than its limit.
+    fit = left // limit + (left % limit >= least)
+    problem = ""
+    if tightest is not None and not fit:
+        problem = (
+            f"No job of this policy would be started now: it needs {least} bytes of memory, and {tightest.source} has "
+            f"{tightest.bytes} free, of which memory.reserve_bytes keeps {settings.reserve_bytes}."
+        )
+    return {
+        "free_bytes": tightest.bytes if tightest is not None else None,
+        "bound": tightest.source if tightest is not None else "unknown: every job gets its limit",
+        "bounds": {bound.source: bound.bytes for bound in bounds},
+        "reserve_bytes": settings.reserve_bytes,
+        "job_bytes": min(limit, left),
+        "job_limit_bytes": limit,
+        "jobs_that_fit": min(fit, slots),
+        "parallel_jobs": slots,
+        "problem": problem,
+    }
 
 
 def host_facts() -> dict[str, Any]:
@@ -252,6 +290,7 @@ def _private_names() -> str:
 
 
 def _print(report: dict[str, Any], result: JobResult) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     out = console()
@@ -265,6 +304,15 @@ def _print(report: dict[str, Any], result: JobResult) -> None:
     for name, demand in report["demands"].items():
         state = report["enforcement"].get(name, "unavailable")
         table.add_row(name, demand, f"[{colour[state]}]{state}[/]", report["reasons"].get(name, ""))
+    out.print(table)
+    budget = report["budget"]
+    table = Table("memory for jobs", "", title="The memory budget", title_justify="left")
+    for source, free in budget["bounds"].items():
+        table.add_row(escape(f"free of {source}"), size(free))
+    table.add_row("the bound that applies", escape(budget["bound"]))
+    table.add_row("kept for the service", size(budget["reserve_bytes"]))
+    table.add_row("a job gets now", f"{size(budget['job_bytes'])} of {size(budget['job_limit_bytes'])}")
+    table.add_row("jobs that fit side by side", f"{budget['jobs_that_fit']} of {budget['parallel_jobs']}")
     out.print(table)
     usage = result.usage
     out.print(

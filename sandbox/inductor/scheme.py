@@ -128,7 +128,7 @@ class _Compile:
         direction = "backward" if graph_kwargs.get("is_backward") else "forward"
         self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
         self.history: list[fallback.Attempt] = []
-        self.killed: JobResult | None = None  # the newest child that was
+        self.killed: list[JobResult] = []  # the children that it has killed
 
     def run(self) -> Any:
         if eager.mixes(self.gm, self.graph_kwargs, uncompiled=False):
@@ -159,8 +159,8 @@ class _Compile:
                 if self.scheme.mode == "serialize":
                     self.recorder.reason("mode_serialize")
                 return output
-            if result.status in KILLERS:
-                self.killed = result
+            if result.status in KILLERS and not starved(self.policy, result):
+                self.killed.append(result)
             self.history.append(fallback.Attempt(step=step, status=result.status))
             history = tuple(self.history)
             log.log(
@@ -180,9 +180,9 @@ class _Compile:
 
     def _remember(self, key: str, facts: dict[str, str]) -> None:
         """No child made it: if one was killed, no later compile of this graph tries again."""
-        killer = next((attempt for attempt in self.history if attempt.status in KILLERS), None)
-        if killer is not None and self.killed is not None:
-            self.scheme.quarantine.add(key, killer.status, self.killed.job_id, self.name, self.killed.detail, facts)
+        if self.killed:
+            last = self.killed[-1]
+            self.scheme.quarantine.add(key, self.killed[0].status, last.job_id, self.name, last.detail, facts)
 
     def _quarantined(self, entry: Entry) -> Any:
         """A graph that has killed a child gets no second one."""
@@ -323,6 +323,11 @@ class _Compile:
             words = "\n".join(printable(line) for line in result.stderr_tail[-4000:].splitlines())
             error.add_note(f"the child's last words:\n{words}")
         return error
+
+
+def starved(policy: Policy, result: JobResult) -> bool:
+    """Whether a job ran out of memory where less was free than the policy allows: that says nothing of its graph."""
+    return result.status is Status.MEMORY_LIMIT and result.usage.memory_granted_bytes < policy.limits.memory_bytes
 
 
 def _reason(result: JobResult) -> str:
