@@ -310,6 +310,15 @@ def test_what_cannot_travel_says_why() -> None:
     assert caught.value.reason == "not_picklable"
 
 
+@pytest.mark.parametrize("name", ["contiguous_format", "channels_last", "strided", "sparse_coo", "per_tensor_affine"])
+def test_what_does_not_say_where_it_lives_is_found_in_torch(name: str) -> None:
+    """A script that has imported multiprocessing before torch is in `sys.modules` as __mp_main__, too."""
+    value = getattr(torch, name)
+    data = pickling.dumps([value])
+    assert f"torch.{name}".encode() not in data
+    assert pickling.loads(data, None)[0] is value
+
+
 def test_a_missing_private_name_is_told(monkeypatch: Any) -> None:
     compat.check()
     monkeypatch.setattr(compat, "NAMES", {"x": compat.Private("torch._inductor.nothing:here")})

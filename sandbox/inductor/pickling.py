@@ -91,6 +91,10 @@ class Pickler(pickle.Pickler):
             return self._global(obj)
         if isinstance(obj, types.ModuleType):
             return importlib.import_module, (obj.__name__,)
+        if isinstance(obj, torch.memory_format | torch.layout | torch.qscheme):
+            # They do not say where they live, so pickle takes the first module that has imported torch: __main__ under
+            # another name, perhaps, which the child has not.
+            return _make_attribute, tuple(str(obj).split(".", 1))
         if isinstance(obj, torch.Generator):
             return _make_generator, (str(obj.device),)
         if isinstance(obj, logging.Logger):
