@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import artifacts, ledger
-from sandbox.enforce import confine_worker
+from sandbox.enforce import Place, confine_worker
 from sandbox.enforce.privileges import die_with_parent
 from sandbox.errors import EnforcementError, JobError, UnserializableError, WireError
 from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, parse_spec
@@ -60,11 +60,11 @@ HANDLERS = {
 Spec = FxGraphSpec | TritonKernelSpec | CallableSpec
 
 
-def main(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) -> NoReturn:
+def main(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> NoReturn:
     """Run in the fork of the keeper, whose pid is ``keeper``."""
     code = 1
     try:
-        code = _work(job_id, scratch, job_fd, stderr_fd, keeper)
+        code = _work(job_id, place, job_fd, stderr_fd, keeper)
     except MemoryError:
         code = EXIT_MEMORY
         traceback.print_exc()
@@ -74,8 +74,9 @@ def main(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) -
         leave(code)
 
 
-def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) -> int:
+def _work(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> int:
     started = time.monotonic()
+    scratch = Path(place.scratch)
     os.setsid()
     _plain_signals()
     _standard_streams(stderr_fd)
@@ -92,7 +93,7 @@ def _work(job_id: str, scratch: Path, job_fd: int, stderr_fd: int, keeper: int) 
         return EXIT_BAD_REQUEST
     _surroundings(spec, scratch)
     try:
-        mechanisms = confine_worker(spec.confinement, spec.limits, keeper)
+        mechanisms = confine_worker(spec.confinement, spec.limits, keeper, place, gpu=spec.gpu)
     except EnforcementError as error:
         print(f"confinement: {error}", file=sys.stderr)
         return EXIT_UNCONFINED

@@ -95,6 +95,9 @@ class Exited(_Envelope):
     refused: Annotated[str, Field(max_length=MAX_DETAIL)] = ""
     """Why no worker was started: a required mechanism that the keeper could not enforce. Empty if one was."""
 
+    violation: Annotated[str, Field(max_length=200)] = ""
+    """The system call for which the job was killed, by name. Empty if it made none that is forbidden."""
+
     @model_validator(mode="after")
     def _one_way_to_end(self) -> Exited:
         if self.exit_code is not None and self.signal is not None:

@@ -14,12 +14,13 @@ import resource
 import select
 import signal
 import socket
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import child, ledger, scratch
-from sandbox.enforce import prepare_keeper
+from sandbox.enforce import Place, prepare_keeper, seccomp
 from sandbox.errors import EnforcementError, WireError
 from sandbox.limits import Confinement
 from sandbox.processes import Process, descendants, kill_tree, read_stat, reap
@@ -77,31 +78,42 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
     except EnforcementError as error:
         send_frame(parent, Exited(job_id=job_id, refused=str(error)), b"", SEND_SECONDS)
         return 0
+    own_shm = mechanisms["mount_namespace"].state is State.ENFORCED
+    report, report_end = socket.socketpair()
+    place = Place(str(folder), tempfile.gettempdir(), own_shm, report_end.fileno())
     before = ledger.take()
     own = os.getpid()
     worker = os.fork()
     if worker == 0:
         signal.set_wakeup_fd(-1)
-        for fd in (wake_read, wake_write, parent.fileno()):
+        report_end.detach()  # closed once the worker is confined
+        for fd in (wake_read, wake_write, parent.fileno(), report.fileno()):
             os.close(fd)
-        child.main(job_id, folder, job_fd, stderr_fd, own)  # never returns
+        child.main(job_id, place, job_fd, stderr_fd, own)  # never returns
     os.close(job_fd)
+    report_end.close()
     tree = _Tree(worker, mechanisms, Record(folder))
     try:
-        return _see_through(job_id, folder, parent, wake_read, tree, before)
+        return _see_through(job_id, folder, parent, report, wake_read, tree, before)
     finally:
         # Whatever went wrong with us, the tree does not outlive it.
         kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS)
 
 
 def _see_through(
-    job_id: str, folder: Path, parent: socket.socket, wake_read: int, tree: _Tree, before: ledger.Snapshot
+    job_id: str,
+    folder: Path,
+    parent: socket.socket,
+    report: socket.socket,
+    wake_read: int,
+    tree: _Tree,
+    before: ledger.Snapshot,
 ) -> int:
     """From the worker's start to the keeper's own end."""
     try:
         ready = KeeperReady(job_id=job_id, pid=tree.worker, enforcement=Enforcement(mechanisms=tree.mechanisms))
         send_frame(parent, ready, b"", SEND_SECONDS)
-        _wait(parent, wake_read, tree)
+        _wait(parent, report, wake_read, tree)
     except WireError:
         tree.orphaned = True  # the parent is gone: clean up all the same
     leaks = _clean(tree, before, folder)
@@ -116,6 +128,7 @@ def _see_through(
         signal=-tree.status if tree.status is not None and tree.status < 0 else None,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         leaks=tuple(leaks[: child.MAX_LEAKS]),
+        violation=tree.violation,
     )
     try:
         send_frame(parent, exited, b"", SEND_SECONDS)
@@ -133,7 +146,8 @@ class _Tree:
         self.mechanisms = mechanisms
         self.status: int | None = None  # exit code, or the negative signal, once the worker has ended
         self.orphaned = False  # the parent is gone
-        self.ordered = False  # the parent ordered the kill
+        self.ordered = False  # the parent ordered the kill, or the job called for it
+        self.violation = ""  # the system call that the filter has stopped
         self.pids = {worker}  # every process of the job that was seen
         self.inodes: set[ledger.Inode] = set()  # what they were seen to hold in a shared /dev/shm
 
@@ -161,18 +175,32 @@ class _Tree:
         return found is not None and found.state is State.ENFORCED
 
 
-def _wait(parent: socket.socket, wake_read: int, tree: _Tree) -> None:
-    """Until the worker has ended, or the parent orders the kill, or is gone."""
+def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _Tree) -> None:
+    """Until the worker has ended, or the parent orders the kill, or is gone, or the job makes a forbidden call."""
     poll = select.poll()
-    poll.register(parent.fileno(), select.POLLIN)
-    poll.register(wake_read, select.POLLIN)
+    listener: int | None = None
+    for watched in (parent.fileno(), report.fileno(), wake_read):
+        poll.register(watched, select.POLLIN)
     # Only in shared namespaces there is something to look at while the job runs.
     interval = None if tree.has("mount_namespace") and tree.has("ipc_namespace") else LOOK_SECONDS * 1000
     while tree.status is None:
         tree.look()
-        for fd, _events in poll.poll(interval):
+        for fd, events in poll.poll(interval):
             if fd == wake_read:
                 os.read(wake_read, 4096)
+            elif fd == report.fileno():
+                listener = seccomp.receive_listener(report)
+                poll.unregister(report)
+                if listener is not None:
+                    poll.register(listener, select.POLLIN)
+            elif fd == listener:
+                if events & select.POLLIN:
+                    tree.violation = seccomp.read_violation(listener)
+                else:
+                    poll.unregister(listener)  # nobody is under the filter any more
+                if tree.violation:
+                    tree.ordered = True
+                    return
             else:
                 try:
                     order = parent.recv(1)

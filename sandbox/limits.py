@@ -86,6 +86,14 @@ class Confinement(BaseModel):
     """Own empty /dev/shm, so that POSIX semaphores and shared memory of a job end with it."""
     network_namespace: Demand = "prefer"
     """No network but an own, unconnected loopback."""
+    capabilities: Demand = "prefer"
+    """No capability, whoever the service runs as: a child of root is a user who happens to own root's files."""
+    landlock: Demand = "prefer"
+    """Files by Landlock: read and execute what the compiler needs, write in the scratch folder and an own /dev/shm
+    only; no TCP or UDP, no abstract socket and no signal that leaves the job. Denied calls fail inside the job."""
+    seccomp: Demand = "prefer"
+    """A filter for system calls that no compiler makes: sockets, ptrace, mounts, namespaces, keys, bpf, io_uring, the
+    host's own. When one is made: killed, status `violation`, with the call's name."""
     read: Annotated[tuple[AbsolutePath, ...], Field(max_length=1000)] = ()
     """Absolute paths that a job may read and execute besides what the compiler needs: interpreter, search path,
     toolchain (`sandbox/enforce/paths.py`). For code that lies directly in a home folder, or headers in odd places."""

@@ -66,7 +66,7 @@ EXIT_SECONDS = 1.0
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 8 << 20
 #: What a worker may say of its own confinement; the rest is the keeper's and ours to say.
-WORKER_MECHANISMS = frozenset({"rlimits", "no_new_privs"})
+WORKER_MECHANISMS = frozenset({"rlimits", "no_new_privs", "capabilities", "landlock", "seccomp"})
 #: Frames from the keeper carry no payload.
 NO_PAYLOAD = 0
 _READ = 1 << 16

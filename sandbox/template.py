@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import keeper, ledger, scratch
-from sandbox.enforce import libc
+from sandbox.enforce import libc, prepare_template
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
 from sandbox.processes import Process, descendants
 from sandbox.results import printable
@@ -76,6 +76,7 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
             importlib.import_module("sandbox.inductor.compile").warm_up()
     for module in settings["preload"]:
         importlib.import_module(module)
+    prepare_template(os.environ)
     # A thread that was joined may take a moment to be gone from the kernel's list.
     deadline = time.monotonic() + THREAD_SECONDS
     while (threads := thread_count()) != 1 and time.monotonic() < deadline:

@@ -62,6 +62,9 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
             # It sent garbage and crashed; the keeper, when it is told to kill, sends SIGKILL only.
             return *_by_signal(exited.signal or 0), None
         return status, detail, None
+    if exited is not None and exited.violation:
+        # Whatever it has replied meanwhile: one of its processes did what no compiler does.
+        return Status.VIOLATION, f"made a forbidden system call: {printable(exited.violation)}", None
     if seen.reply is not None and seen.reply.status is Status.OK:
         try:
             return Status.OK, "", safe_loads(seen.payload, allowed)
@@ -98,6 +101,8 @@ def _by_signal(number: int) -> tuple[Status, str]:
         return Status.CPU_LIMIT, f"died of {name}: RLIMIT_CPU behind limits.cpu_seconds"
     if number == signal.SIGXFSZ:
         return Status.OUTPUT_LIMIT, f"died of {name}: RLIMIT_FSIZE behind limits.disk_bytes"
+    if number == signal.SIGSYS:
+        return Status.VIOLATION, f"died of {name}: a system call that the seccomp filter forbids"
     hint = " (nobody of ours sent it; perhaps the kernel's out-of-memory killer)" if number == signal.SIGKILL else ""
     return Status.CRASHED, f"the child died of {name}{hint}"
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
+from confined import need_root, run_script
 
 from sandbox import enforce
 from sandbox.enforce import libc, namespaces
@@ -21,62 +18,7 @@ from sandbox.errors import EnforcementError
 from sandbox.limits import Confinement
 from sandbox.results import Mechanism, State
 
-ROOT = Path(__file__).parents[1]
 NAMESPACES = ("ipc_namespace", "mount_namespace", "network_namespace")
-PRELUDE = """
-import ctypes, encodings.idna, errno, json, os, resource, signal, socket, subprocess, sys, threading, time
-sys.path.insert(0, ROOT)
-from sandbox import meter, processes
-from sandbox.enforce import confine_worker, libc, namespaces, prepare_keeper, privileges, rlimits
-from sandbox.errors import EnforcementError
-from sandbox.limits import Confinement, Limits, MIB
-
-def become_nobody():
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
-    # A change of user makes a process undumpable, and /proc/self root's; the exec of a forkserver undoes that.
-    libc.prctl(libc.PR_SET_DUMPABLE, 1)
-
-def in_child(body):
-    "Run body in a child. Returns the JSON of what body returns (null if it was killed) and the exit code."
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.write(write, json.dumps(body()).encode())
-            code = 0
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\\n".encode())
-        finally:
-            os._exit(code)
-    os.close(write)
-    answer = os.read(read, 65536)
-    os.close(read)
-    return json.loads(answer or "null"), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def states(mechanisms):
-    return {name: [m.state, m.reason] for name, m in mechanisms.items()}
-
-def status(field):
-    for line in open("/proc/self/status"):
-        if line.startswith(field + ":"):
-            return line.split()[1]
-"""
-
-
-def run_script(body: str, *arguments: str, timeout: float = 60.0) -> Any:
-    """Run ``body`` in a fresh interpreter; its last line of output, as JSON. Fails with its stderr."""
-    source = f"ROOT = {str(ROOT)!r}\n" + PRELUDE + textwrap.dedent(body)
-    done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def need_root() -> None:
-    if os.getuid() != 0:
-        pytest.skip("only root can become someone else")
 
 
 def test_memory_beyond_the_limit_fails_whatever_the_template_holds() -> None:
@@ -135,7 +77,8 @@ def test_files_their_size_and_queues_are_limited(tmp_path: Path) -> None:
             queue = library.mq_open(b"/sandbox-test", os.O_CREAT | os.O_RDWR, 0o600, attributes)
             return [opened, queue, resource.getrlimit(resource.RLIMIT_CORE)]
         def writer():
-            confine_worker(Confinement(), Limits(disk_bytes=MIB))
+            place = Place(scratch=os.path.dirname(sys.argv[1]))
+            confine_worker(Confinement(), Limits(disk_bytes=MIB), place=place)
             with open(sys.argv[1], "wb") as file:
                 file.write(b"x" * (MIB + 1))
         answer, _ = in_child(job)
@@ -202,13 +145,15 @@ def test_what_a_worker_is_after_confinement() -> None:
             reached = confine_worker(Confinement(), Limits(open_files=77))
             return [states(reached), look()]
         def nothing():
-            reached = confine_worker(Confinement(rlimits="off", no_new_privs="off"), Limits(open_files=77))
+            off = Confinement(**dict.fromkeys(Confinement().demands(), "off"))
+            reached = confine_worker(off, Limits(open_files=77))
             return [states(reached), look()]
         print(json.dumps([look(), in_child(job)[0], in_child(nothing)[0]]))
         """
     )
     states, look = after
-    assert {name: state for name, (state, _) in states.items()} == {"rlimits": "enforced", "no_new_privs": "enforced"}
+    assert states.pop("rlimits")[0] == states.pop("no_new_privs")[0] == states.pop("capabilities")[0] == "enforced"
+    assert set(states) == {"landlock", "seccomp"}
     assert look == {
         "no_new_privs": "1",
         "umask": 0o077,
@@ -217,7 +162,7 @@ def test_what_a_worker_is_after_confinement() -> None:
         "files": 77,
     }
     states, look = off
-    assert {name: state for name, (state, _) in states.items()} == {"rlimits": "off", "no_new_privs": "off"}
+    assert {state for state, _ in states.values()} == {"off"}
     assert (look["no_new_privs"], look["files"]) == (before["no_new_privs"], before["files"])
 
 

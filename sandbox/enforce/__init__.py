@@ -1,9 +1,10 @@
 """Confinement of one job: what the kernel is asked for, and what was really reached.
 
     keeper   prepare_keeper: subreaper, namespaces, own /dev/shm
-      └─ worker   confine_worker: rlimits, no_new_privs, dies with the keeper
+      └─ worker   confine_worker: dies with the keeper, no_new_privs, capabilities, Landlock, rlimits, seccomp
 
-Both run in freshly forked processes with one thread. :func:`probe` tries the same in a process of its own.
+Both run in freshly forked processes with one thread; :func:`prepare_template` has found for them what is always the
+same. :func:`probe` tries the same in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,14 +13,36 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.enforce import namespaces, privileges, rlimits
+from sandbox.enforce import landlock, namespaces, paths, privileges, rlimits, seccomp
 from sandbox.errors import EnforcementError
 from sandbox.limits import Confinement, Limits
 from sandbox.results import Enforcement, Mechanism, State
 
-__all__ = ["confine_worker", "prepare_keeper", "probe"]
+__all__ = ["Place", "confine_worker", "prepare_keeper", "prepare_template", "probe"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands, as far as it cannot see that itself."""
+
+    scratch: str = ""
+    """The job's folder, the only one that it may write to. Empty: none."""
+    template: str = ""
+    """The template's temporary folder, in which the warm-up has left the precompiled header. Empty: none."""
+    own_shm: bool = False
+    """Whether /dev/shm is the job's own. It may write there then, and not see it otherwise."""
+    report: int | None = None
+    """A socket to the keeper, for the listener of the seccomp filter; closed by :func:`confine_worker`."""
+
+
+def prepare_template(environment: Mapping[str, str]) -> None:
+    """In the template, once all is imported: find out what each of its workers would have to, 30 ms once."""
+    paths.needed(environment, gpu=False)
+    seccomp.prepare()
 
 
 def prepare_keeper(confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES) -> dict[str, Mechanism]:
@@ -37,25 +60,46 @@ def prepare_keeper(confinement: Confinement, shm_bytes: int = namespaces.SHM_BYT
     return states
 
 
-def confine_worker(confinement: Confinement, limits: Limits, keeper_pid: int | None = None) -> dict[str, Mechanism]:
+def confine_worker(
+    confinement: Confinement,
+    limits: Limits,
+    keeper_pid: int | None = None,
+    place: Place | None = None,
+    *,
+    gpu: bool = False,
+) -> dict[str, Mechanism]:
     """Confine the worker itself. Call it in the worker right before the job; what it holds by then it keeps.
 
     Give ``keeper_pid`` (taken in the keeper before the fork), so that a keeper that is dead by now is noticed: the
-    worker then ends at once. States: rlimits, no_new_privs.
+    worker then ends at once. The search paths of the environment, which is the job's by now, are what it may read.
+    States: no_new_privs, capabilities, landlock, rlimits, seccomp.
 
     Raises:
         EnforcementError: if a required mechanism is unavailable.
     """
     privileges.die_with_parent(signal.SIGKILL, os.getppid() if keeper_pid is None else keeper_pid)
+    place = place or Place()
     os.umask(0o077)
     privileges.prefer_as_oom_victim()
     states = {
         "no_new_privs": privileges.forbid_new_privileges(confinement.no_new_privs),
-        # Last: from here on this process can run out of things.
+        "capabilities": privileges.drop_capabilities(confinement.capabilities),
+        "landlock": _landlock(confinement, place, gpu),
+        # From here on this process can run out of things.
         "rlimits": rlimits.apply(confinement.rlimits, limits),
+        "seccomp": seccomp.install(confinement.seccomp, gpu=gpu, report=place.report),
     }
     _check(confinement, states)
     return states
+
+
+def _landlock(confinement: Confinement, place: Place, gpu: bool) -> Mechanism:
+    if confinement.landlock == "off":
+        return Mechanism(state=State.OFF)
+    extra = (*confinement.read, *filter(None, [place.template]))
+    readable = paths.needed(os.environ, gpu=gpu, extra=extra)
+    writable = [*filter(None, [place.scratch]), *([namespaces.SHM] if place.own_shm else [])]
+    return landlock.restrict(confinement.landlock, readable, writable)
 
 
 def probe(confinement: Confinement, timeout_seconds: float = 30.0) -> Enforcement:

@@ -25,6 +25,10 @@ PR_SET_CHILD_SUBREAPER: Final = 36
 PR_GET_CHILD_SUBREAPER: Final = 37
 PR_SET_NO_NEW_PRIVS: Final = 38
 PR_GET_NO_NEW_PRIVS: Final = 39
+PR_CAPBSET_DROP: Final = 24
+PR_SET_SECUREBITS: Final = 28
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -35,6 +39,7 @@ _libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 _libc.mount.restype = ctypes.c_int
 _libc.capset.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 _libc.capset.restype = ctypes.c_int
+_libc.syscall.restype = ctypes.c_long
 
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -49,6 +54,11 @@ def _check(result: int, call: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")
     return result
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """syscall(2): a system call that libc has no function for, with numbers and addresses. Raises OSError."""
+    return _check(_libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments)), f"syscall({number})")
 
 
 def prctl(option: int, argument: int = 0) -> int:
@@ -88,6 +98,7 @@ def reason(error: OSError) -> str:
         errno.EACCES: "not permitted by a security module (AppArmor, SELinux)",
         errno.EINVAL: "this kernel was built without it, or the process has several threads",
         errno.ENOSYS: "this kernel does not have it",
+        errno.EOPNOTSUPP: "this kernel has it, but it is switched off at boot",
         errno.ENOSPC: "the host's limit of namespaces is used up or zero (/proc/sys/user/max_*_namespaces)",
         errno.EUSERS: "namespaces are nested too deep",
     }.get(error.errno or 0)
