@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sandbox.child import EXIT_BAD_REQUEST, EXIT_MEMORY, EXIT_NO_PARENT, EXIT_UNCONFINED
 from sandbox.envelopes import Exited, Reply
 from sandbox.errors import WireError
-from sandbox.results import Mechanism, Status, printable
+from sandbox.results import Mechanism, State, Status, printable
 from sandbox.unpickle import safe_loads
 
 #: What a worker that could not reply says by its exit code, as long as the job itself had not begun.
@@ -58,13 +58,15 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
     exited = seen.exited
     if seen.cause is not None:
         status, detail = seen.cause
+        if status is Status.PROTOCOL_ERROR and exited is not None and exited.violation:
+            return *_by_call(exited.violation), None
         if status is Status.PROTOCOL_ERROR and exited is not None and exited.signal not in (None, signal.SIGKILL):
             # It sent garbage and crashed; the keeper, when it is told to kill, sends SIGKILL only.
-            return *_by_signal(exited.signal or 0), None
+            return *_by_signal(exited.signal or 0, seen.mechanisms), None
         return status, detail, None
     if exited is not None and exited.violation:
         # Whatever it has replied meanwhile: one of its processes did what no compiler does.
-        return Status.VIOLATION, f"made a forbidden system call: {printable(exited.violation)}", None
+        return *_by_call(exited.violation), None
     if seen.reply is not None and seen.reply.status is Status.OK:
         try:
             return Status.OK, "", safe_loads(seen.payload, allowed)
@@ -80,7 +82,7 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
     # A worker that did not exit after its reply was killed by us: that is not how it ended.
     by_us = seen.ordered and exited.signal == signal.SIGKILL and seen.reply is not None
     if exited.signal is not None and not by_us:
-        return *_by_signal(exited.signal), None
+        return *_by_signal(exited.signal, seen.mechanisms), None
     if seen.reply is not None:
         if seen.reply.status in _BLAMES_US and exited.exit_code != 0:
             return Status.CRASHED, f"the child blamed the sandbox ({seen.reply.status.value}) and did not exit", None
@@ -95,13 +97,19 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
     return Status.CRASHED, f"the child exited with {exited.exit_code} without a reply", None
 
 
-def _by_signal(number: int) -> tuple[Status, str]:
+def _by_call(name: str) -> tuple[Status, str]:
+    return Status.VIOLATION, f"made a forbidden system call: {printable(name)}"
+
+
+def _by_signal(number: int, mechanisms: dict[str, Mechanism]) -> tuple[Status, str]:
     name = signal_name(number)
     if number == signal.SIGXCPU:
         return Status.CPU_LIMIT, f"died of {name}: RLIMIT_CPU behind limits.cpu_seconds"
     if number == signal.SIGXFSZ:
         return Status.OUTPUT_LIMIT, f"died of {name}: RLIMIT_FSIZE behind limits.disk_bytes"
-    if number == signal.SIGSYS:
+    seccomp = mechanisms.get("seccomp")
+    # Only a filter without a listener kills by itself.
+    if number == signal.SIGSYS and seccomp is not None and seccomp.state is State.PARTIAL:
         return Status.VIOLATION, f"died of {name}: a system call that the seccomp filter forbids"
     hint = " (nobody of ours sent it; perhaps the kernel's out-of-memory killer)" if number == signal.SIGKILL else ""
     return Status.CRASHED, f"the child died of {name}{hint}"

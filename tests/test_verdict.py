@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from sandbox.child import EXIT_BAD_REQUEST, EXIT_MEMORY, EXIT_UNCONFINED
-from sandbox.results import KILLERS, Status
+from sandbox.results import KILLERS, Mechanism, State, Status
 from sandbox.verdict import Evidence, judge
 from sandbox.wire import Exited, Reply, safe_dumps
 
@@ -22,6 +22,8 @@ def reply(status: Status) -> Reply:
     return Reply(job_id=JOB, status=status, detail="said the child")
 
 
+#: A filter without a listener.
+FILTERED = {"seccomp": Mechanism(state=State.PARTIAL)}
 GOOD = {"reply": reply(Status.OK), "payload": safe_dumps(42)}
 
 
@@ -52,6 +54,14 @@ GOOD = {"reply": reply(Status.OK), "payload": safe_dumps(42)}
         (Evidence(exited=ended(signal=signal.SIGXCPU)), Status.CPU_LIMIT),
         (Evidence(exited=ended(signal=signal.SIGXFSZ)), Status.OUTPUT_LIMIT),
         (Evidence(exited=ended(signal=signal.SIGKILL)), Status.CRASHED),
+        # A forbidden system call counts more than what was replied, and more than garbage.
+        (Evidence(exited=ended(signal=9, violation="ptrace")), Status.VIOLATION),
+        (Evidence(exited=ended(exit_code=0, violation="ptrace"), **GOOD), Status.VIOLATION),
+        (Evidence(cause=(Status.PROTOCOL_ERROR, "x"), exited=ended(signal=9, violation="ptrace")), Status.VIOLATION),
+        (Evidence(cause=(Status.TIMEOUT, "late"), exited=ended(signal=9, violation="ptrace")), Status.TIMEOUT),
+        # Only a filter that cannot tell the name kills by SIGSYS.
+        (Evidence(exited=ended(signal=signal.SIGSYS)), Status.CRASHED),
+        (Evidence(exited=ended(signal=signal.SIGSYS), mechanisms=FILTERED), Status.VIOLATION),
         # A keeper that could not begin is ours; one that failed with the job under way may be the job's doing.
         (Evidence(exited=ended(refused="no namespace")), Status.SANDBOX_ERROR),
         (Evidence(forked=True, exited=ended(refused="no memory")), Status.CRASHED),
