@@ -61,7 +61,9 @@ def manifest(folder: Path) -> tuple[Artifact, ...]:
     return tuple(found)
 
 
-def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path], limits: Limits) -> int:
+def adopt(
+    artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path], limits: Limits, owner: int | None = None
+) -> int:
     """Check every artifact under ``source`` and copy it into ``targets``. All or nothing, as far as checks go.
 
     Args:
@@ -69,6 +71,7 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
         source: the job's artifact folder. All processes of the job must be dead.
         targets: folder in the user's cache for each kind; kinds without one are left out.
         limits: `artifact_bytes` bounds the sum.
+        owner: uid whose files they have to be; None means this process's.
 
     Returns:
         The bytes that were taken over.
@@ -82,6 +85,7 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
     total = sum(artifact.size for artifact in artifacts)
     if total > limits.artifact_bytes:
         raise ArtifactsTooLarge(f"artifacts of {total} bytes, limits.artifact_bytes allows {limits.artifact_bytes}")
+    owner = os.geteuid() if owner is None else owner
     names = {artifact.path for artifact in artifacts}
     copies: list[tuple[Path, Path]] = []
     making: dict[str, LockedFolder] = {}
@@ -96,7 +100,7 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
             target.parent.mkdir(parents=True, exist_ok=True)
             if kind not in making:
                 making[kind] = LockedFolder(targets[kind], MAKING)
-            copy = _copy(artifact, source, making[kind].path / str(len(copies)))
+            copy = _copy(artifact, source, making[kind].path / str(len(copies)), owner)
             copies.append((copy, target))
             if kind == "triton" and target.name.startswith("__grp__"):
                 _relocate_group(copy, artifact.path, target.parent, names)
@@ -108,7 +112,7 @@ def adopt(artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path
     return total
 
 
-def _copy(artifact: Artifact, source: Path, copy: Path) -> Path:
+def _copy(artifact: Artifact, source: Path, copy: Path, owner: int) -> Path:
     """A checked copy under the name ``copy``, readable by its owner alone."""
     handle = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     sha256 = hashlib.sha256()
@@ -119,7 +123,7 @@ def _copy(artifact: Artifact, source: Path, copy: Path) -> Path:
             raise WireError(f"artifact {artifact.path!r} is not a regular file")
         if status.st_nlink != 1:
             raise WireError(f"artifact {artifact.path!r} has {status.st_nlink} names")
-        if status.st_uid != os.geteuid():
+        if status.st_uid != owner:
             raise WireError(f"artifact {artifact.path!r} belongs to uid {status.st_uid}")
         # One byte more than it may have: a file that is longer than its manifest says ends here.
         while size <= artifact.size and (chunk := reader.read(min(_CHUNK, artifact.size + 1 - size))):

@@ -23,6 +23,7 @@ from pathlib import Path
 from sandbox import admission
 from sandbox.breaker import Breaker
 from sandbox.capsule import Writer
+from sandbox.enforce import identity
 from sandbox.errors import ForkserverError, RefusedError, SandboxError
 from sandbox.forkserver import Forkserver
 from sandbox.jobs import Job
@@ -56,11 +57,13 @@ class Sandbox:
 
         Raises:
             PolicyError: the policy is wrong.
+            EnforcementError: the user of `confinement.run_as` cannot be had.
         """
         self.policy = load(policy)
         self.recorder = Recorder()
         self.recorder.policy = self.policy.name
         self._pid = os.getpid()
+        identity.user_of(self.policy.confinement)  # refused now, not at the first job
         self._forkserver = Forkserver(self.policy, self.environment())
         self._finalizer = weakref.finalize(self, _end, self._forkserver, self._pid)
         self._own_cache = self._forkserver.root.path / "cache"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import ledger, leftovers
+from sandbox.enforce import identity
 from sandbox.errors import ForkserverError
 from sandbox.policy import Policy
 from sandbox.processes import read_stat
@@ -346,6 +347,8 @@ class Forkserver:
             answer = {"event": "failed", "reason": f"it died: {error}"}
         if answer.get("event") != "ready":
             raise ForkserverError(f"{answer.get('reason')}{_last_lines(log_path)}")
+        if self._policy.confinement.run_as:
+            identity.open_to_all(folder)  # what the warm-up has left is for another user's workers, too
         with self._change:
             self.facts = answer
             self._starting = False

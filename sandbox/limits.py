@@ -94,13 +94,16 @@ class Confinement(BaseModel):
     seccomp: Demand = "prefer"
     """A filter for system calls that no compiler makes: sockets, ptrace, mounts, namespaces, keys, bpf, io_uring, the
     host's own. When one is made: killed, status `violation`, with the call's name."""
+    run_as: Annotated[str, Field(pattern=r"^([a-z_][a-z0-9_-]*|[0-9]{1,9})?$", max_length=64)] = ""
+    """User, by name or number, that the workers of a service with root's rights run as. Empty: the service's own. A
+    service without the rights is refused with an error when it is set up."""
     read: Annotated[tuple[AbsolutePath, ...], Field(max_length=1000)] = ()
     """Absolute paths that a job may read and execute besides what the compiler needs: interpreter, search path,
     toolchain (`sandbox/enforce/paths.py`). For code that lies directly in a home folder, or headers in odd places."""
 
     def demands(self) -> dict[str, Demand]:
         """The mechanisms, each with what the policy says of it."""
-        return {name: value for name, value in self if name != "read"}
+        return {name: value for name, value in self if name not in ("run_as", "read")}
 
     def softened(self) -> Confinement:
         """The same with each `require` made a `prefer`, so that all can be tried where some are missing."""

@@ -30,6 +30,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from sandbox import artifacts, ledger, reclaim, scratch
+from sandbox.enforce import identity
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import WireError
 from sandbox.forkserver import Forkserver, Keeper, socket_pair
@@ -178,6 +179,9 @@ def run(
         stack.callback(_remove, folder, left)
         for name in ("home", "tmp", *(f"{artifacts.FOLDER}/{kind}" for kind in artifacts.KINDS)):
             (folder / name).mkdir(parents=True)
+        user = identity.user_of(job.spec.confinement)
+        if user is not None:
+            identity.hand_over(folder, user)
         worker, worker_end = socket_pair(socket.SOCK_STREAM)
         stack.callback(worker.close)
         stack.callback(worker_end.close)
@@ -500,7 +504,9 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
     adopted: tuple[Artifact, ...] = ()
     if status is Status.OK and reply is not None and reply.artifacts:
         try:
-            artifacts.adopt(reply.artifacts, watch.scratch / artifacts.FOLDER, targets, spec.limits)
+            user = identity.user_of(spec.confinement)
+            owner = None if user is None else user.uid
+            artifacts.adopt(reply.artifacts, watch.scratch / artifacts.FOLDER, targets, spec.limits, owner)
             adopted = reply.artifacts
         except artifacts.ArtifactsTooLarge as error:
             status, detail, value = Status.OUTPUT_LIMIT, str(error), None

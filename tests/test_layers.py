@@ -35,7 +35,7 @@ LAYERS = """
     unpickle
     wire                          # frames, and all that reads them
 
-    enforce.landlock enforce.namespaces enforce.privileges enforce.rlimits enforce.seccomp
+    enforce.identity enforce.landlock enforce.namespaces enforce.privileges enforce.rlimits enforce.seccomp
     enforce
     enforce.__main__
 

@@ -1,7 +1,7 @@
 """Confinement of one job: what the kernel is asked for, and what was really reached.
 
     keeper   prepare_keeper: subreaper, namespaces, own /dev/shm
-      └─ worker   confine_worker: dies with the keeper, no_new_privs, capabilities, Landlock, rlimits, seccomp
+      └─ worker   confine_worker: other user, no_new_privs, capabilities, Landlock, rlimits, seccomp
 
 Both run in freshly forked processes with one thread; :func:`prepare_template` has found for them what is always the
 same. :func:`probe` tries the same in a process of its own.
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.enforce import landlock, namespaces, paths, privileges, rlimits, seccomp
+from sandbox.enforce import identity, landlock, namespaces, paths, privileges, rlimits, seccomp
 from sandbox.errors import EnforcementError
 from sandbox.limits import Confinement, Limits
 from sandbox.results import Enforcement, Mechanism, State
@@ -75,12 +75,16 @@ def confine_worker(
     States: no_new_privs, capabilities, landlock, rlimits, seccomp.
 
     Raises:
-        EnforcementError: if a required mechanism is unavailable.
+        EnforcementError: if a required mechanism is unavailable, or the user of `run_as` cannot be had.
     """
     privileges.die_with_parent(signal.SIGKILL, os.getppid() if keeper_pid is None else keeper_pid)
     place = place or Place()
     os.umask(0o077)
     privileges.prefer_as_oom_victim()
+    user = identity.user_of(confinement)
+    if user is not None:
+        identity.become(user, confinement.run_as, place.scratch)
+        privileges.die_with_parent(signal.SIGKILL, os.getppid() if keeper_pid is None else keeper_pid)
     states = {
         "no_new_privs": privileges.forbid_new_privileges(confinement.no_new_privs),
         "capabilities": privileges.drop_capabilities(confinement.capabilities),

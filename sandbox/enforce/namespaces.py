@@ -35,6 +35,9 @@ def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES) -> dict[str, Mec
     if not wanted:
         return result
     own_user = not is_privileged()
+    if own_user and confinement.run_as:
+        refused = Mechanism(state=State.UNAVAILABLE, reason="without CAP_SYS_ADMIN not together with run_as")
+        return result | dict.fromkeys(wanted, refused)
     if own_user:
         try:
             _enter_user_namespace()
