@@ -56,6 +56,8 @@ class Leftover:
                 return _kill(self.handle)
             if self.handle is not None:
                 return reclaim.remove_held(self.handle)
+            if any(_objects(self.root)):
+                return "it holds the only proof of objects that are still used"
             return "; ".join(scratch.remove(self.root))
 
 
@@ -77,11 +79,13 @@ def find(caches: Iterable[Path] = ()) -> list[Leftover]:
 
 
 def sweep() -> None:
-    """Remove all that dead forkservers of this user have left; a new one calls it. What cannot be removed stays for
-    `sandbox doctor --leaks` to tell."""
-    if _abandoned(Path(tempfile.gettempdir()), scratch.root_prefix()):
+    """Remove what dead forkservers of this user that had this temporary folder have left; a new one calls it. What
+    cannot be removed stays for `sandbox doctor --leaks` to tell."""
+    here = Path(tempfile.gettempdir())
+    if _abandoned(here, scratch.root_prefix()):
         for each in find():
-            each.remove()
+            if each.root.parent == here:
+                each.remove()
 
 
 def unproven() -> list[str]:

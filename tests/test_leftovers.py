@@ -149,6 +149,20 @@ def test_what_a_crash_has_left_is_found_and_removed_and_a_live_run_is_not_touche
     half.remove()
 
 
+def test_for_people_each_line_says_what_why_and_what_became_of_it(
+    crashed: Crashed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    assert main(["doctor", "--leaks"]) == 1
+    out = capsys.readouterr().out
+    assert f"scratch_root {crashed.root}: left alone (the lock of its process is held by nobody)" in out
+    assert ", 0 removed" in out
+    assert main(["doctor", "--leaks", "--remove"]) == 0
+    out = capsys.readouterr().out
+    assert f"shared_object {crashed.semaphore}: removed (recorded by a keeper in " in out
+
+
 def test_the_next_run_tidies_up_by_itself(crashed: Crashed) -> None:
     with sandbox.Sandbox(light_policy()):
         assert not crashed.root.exists() and not crashed.semaphore.exists()
@@ -162,6 +176,9 @@ def test_what_a_live_process_uses_is_not_removed(crashed: Crashed) -> None:
         found = [each for each in leftovers.find() if each.object == str(crashed.semaphore)]
         assert [each.remove() for each in found] == ["a live process holds it"]
         assert crashed.semaphore.exists()
+        (root,) = [each for each in leftovers.find() if each.kind == "scratch_root"]
+        assert root.remove() == "it holds the only proof of objects that are still used"
+        assert crashed.root.exists()
     assert [each.remove() for each in found] == [""]
     assert not crashed.semaphore.exists()
 
