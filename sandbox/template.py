@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox import keeper, ledger, scratch
+from sandbox import keeper, ledger, scratch, trackers
 from sandbox.enforce import libc, prepare_template
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
 from sandbox.processes import Process, descendants
@@ -74,6 +74,7 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
         importlib.import_module("sandbox.inductor.compat").check()
         if settings["warm_up"]:
             importlib.import_module("sandbox.inductor.compile").warm_up()
+    importlib.import_module(trackers.TRACKER)
     for module in settings["preload"]:
         importlib.import_module(module)
     prepare_template(os.environ)

@@ -9,12 +9,15 @@ Lib/multiprocessing/resource_tracker.py (3.11 to 3.13); `multiprocess` and `loky
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
-from multiprocessing import resource_tracker  # imported here, so that a job's own import is watched, too
 from typing import Any, Final
 
+#: Imported by a template, so that it costs a worker nothing, and not by the service: `multiprocessing` gives `__main__`
+#: a second name in `sys.modules`.
+TRACKER: Final = "multiprocessing.resource_tracker"
 _MODULES: Final = (
-    resource_tracker.__name__,
+    TRACKER,
     "multiprocess.resource_tracker",
     "joblib.externals.loky.backend.resource_tracker",
 )
@@ -27,7 +30,8 @@ class Registrations:
         self.names: dict[str, str] = {}
 
     def watch(self) -> None:
-        """From now on, in this process, for the trackers of the modules that are loaded."""
+        """From now on, in this process, for the trackers of the modules that are loaded, and for Python's own."""
+        importlib.import_module(TRACKER)
         seen = set()
         for name in _MODULES:
             tracker = getattr(sys.modules.get(name), "ResourceTracker", None)

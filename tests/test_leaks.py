@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -183,6 +185,11 @@ def test_with_trace_leaks_each_leak_tells_where_it_was_made(light: sandbox.Sandb
 
 
 KEPT_THREAD = "kept0 = threading.Thread(target=time.sleep, args=(60,), daemon=True); kept0.start()"
+
+
+def test_the_service_does_not_import_multiprocessing() -> None:
+    code = "import sandbox.executor, sys; sys.exit('multiprocessing' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_descriptors_of_a_gpu_are_told_apart() -> None:
