@@ -16,6 +16,7 @@ from conftest import eventually, light_policy
 
 import sandbox
 from sandbox import executor, ledger, monitor
+from sandbox.limits import Confinement
 from sandbox.results import JobResult, Leak, Status
 
 #: A job that leaves one thing of each kind that a worker tells of itself, and what its description holds.
@@ -70,6 +71,10 @@ def send(number):
 """
 
 
+#: Without what forbids a job to make a socket or a memfd at all.
+OPEN = Confinement(landlock="off", seccomp="off")
+
+
 def job(code: str) -> None:
     """Run ``code`` with its names kept alive to the end of the process."""
     import sys
@@ -81,7 +86,7 @@ def job(code: str) -> None:
 
 
 def run(box: sandbox.Sandbox, code: str, prelude: str = PRELUDE) -> JobResult:
-    done = box.submit(sandbox.callable_job(job, prelude + textwrap.dedent(code))).result(30)
+    done = box.submit(sandbox.callable_job(job, prelude + textwrap.dedent(code), confinement=OPEN)).result(30)
     assert done.status is Status.OK, done
     return done
 

@@ -35,7 +35,7 @@ def work(name):
     other = subprocess.Popen(["sleep", "120"])
     print("working", segment, flush=True)
     time.sleep(120)
-shared = Confinement(mount_namespace="off", ipc_namespace="off")
+shared = Confinement(mount_namespace="off", ipc_namespace="off", landlock="off", seccomp="off")
 with sandbox.Sandbox(light_policy(confinement=shared)) as box:
     box.wait_ready()
     future = box.submit(sandbox.callable_job(work, {name!r}))
@@ -222,7 +222,7 @@ def test_a_killed_keeper_leaves_nothing_in_shared_namespaces() -> None:
         del kept
 
     name = f"sandbox-test-{uuid.uuid4().hex[:8]}"
-    shared = Confinement(mount_namespace="off", ipc_namespace="off")
+    shared = Confinement(mount_namespace="off", ipc_namespace="off", landlock="off", seccomp="off")
     with sandbox.Sandbox(light_policy(confinement=shared)) as box:
         box.wait_ready()
         future = box.submit(sandbox.callable_job(work, name))
