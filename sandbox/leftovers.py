@@ -124,7 +124,10 @@ def _processes() -> Iterator[Leftover]:
     for pid in sorted(processes.numbers_in("/proc"), reverse=True):
         try:
             stat = processes.read_stat(pid)
-            if stat is None or stat.dead or pid == os.getpid() or os.stat(f"/proc/{pid}").st_uid != uid:
+            if stat is None or stat.dead or pid == os.getpid():
+                continue
+            # Root may have had its workers run as another user.
+            if uid != 0 and os.stat(f"/proc/{pid}").st_uid != uid:
                 continue
             environment = (processes.read_file(f"/proc/{pid}/environ") or b"").split(b"\0")
         except (PermissionError, FileNotFoundError):
