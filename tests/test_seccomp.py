@@ -283,6 +283,7 @@ def test_the_tables_are_those_of_the_kernels_headers(column: int) -> None:
     refused = {name: numbers for name, (numbers, _) in seccomp._REFUSED.items()}
     refused |= {"memfd_create": seccomp._MEMFD[1], "socket": seccomp._SOCKET, "socketpair": seccomp._SOCKETPAIR}
     refused |= {"clone": seccomp._CLONE, "unshare": seccomp._UNSHARE, "prlimit64": seccomp._PRLIMIT}
+    refused |= {"prctl": seccomp._PRCTL}
     compared = 0
     for name, numbers in (seccomp._FORBIDDEN | refused).items():
         if name in real:
@@ -296,10 +297,10 @@ def test_the_program_says_the_same_for_both_machines() -> None:
     for machine in seccomp._MACHINES.values():
         code = seccomp.program(machine.column, machine.audit, seccomp._NOTIFY, False)
 
-        def answer(number: int, first: int = 0, audit: int = machine.audit, code: bytes = code) -> int:
+        def answer(number: int, first: int = 0, second: int = 0, audit: int = machine.audit, code: bytes = code) -> int:
             import struct
 
-            data = struct.pack("<IIQ6Q", number, audit, 0, first, 0, 0, 0, 0, 0)
+            data = struct.pack("<IIQ6Q", number, audit, 0, first, second, 0, 0, 0, 0)
             program = list(struct.iter_unpack("=HBBI", code))
             accumulator, at = 0, 0
             while True:
@@ -308,6 +309,9 @@ def test_the_program_says_the_same_for_both_machines() -> None:
                     return int(value)
                 if operation == 0x20:
                     accumulator = struct.unpack_from("<I", data, value)[0]
+                    at += 1
+                elif operation == 0x54:
+                    accumulator &= value
                     at += 1
                 else:
                     test = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}
@@ -319,7 +323,15 @@ def test_the_program_says_the_same_for_both_machines() -> None:
         assert answer(0, audit=0x40000003) == seccomp._NOTIFY
         assert answer(seccomp._SOCKET[machine.column], socket.AF_INET) == seccomp._NOTIFY
         assert answer(seccomp._SOCKET[machine.column], socket.AF_UNIX) == 0x00050000 | 13
-        assert answer(seccomp._SOCKETPAIR[machine.column], socket.AF_UNIX) == seccomp._ALLOW
+        pair, refused = seccomp._SOCKETPAIR[machine.column], 0x00050000 | 13
+        assert answer(pair, socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) == seccomp._ALLOW
+        assert answer(pair, socket.AF_UNIX, socket.SOCK_SEQPACKET) == seccomp._ALLOW
+        assert answer(pair, socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) == refused
+        assert answer(pair, socket.AF_UNIX, socket.SOCK_RAW) == refused, "which the kernel makes one of datagrams"
+        assert answer(pair, socket.AF_INET, socket.SOCK_STREAM) == seccomp._NOTIFY
+        assert answer(seccomp._PRCTL[machine.column], 4, 0) == 0x00050000 | 1
+        assert answer(seccomp._PRCTL[machine.column], 4, 1) == seccomp._ALLOW
+        assert answer(seccomp._PRCTL[machine.column], 38, 0) == seccomp._ALLOW
         assert answer(seccomp._CLONE[machine.column], 0x3D0F00) == seccomp._ALLOW  # what pthread_create asks for
         assert answer(seccomp._CLONE[machine.column], 0x10000011) == seccomp._NOTIFY
         assert answer(seccomp._PRLIMIT[machine.column], 0) == seccomp._ALLOW

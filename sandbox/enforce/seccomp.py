@@ -77,6 +77,7 @@ _REFUSED: Final = {
 _MEMFD: Final = ("memfd_create", (319, 279), errno.EPERM)
 #: Calls of which only some uses are forbidden: see `_with_arguments`.
 _SOCKET, _SOCKETPAIR, _CLONE, _UNSHARE, _PRLIMIT = (41, 198), (53, 199), (56, 220), (272, 97), (302, 261)
+_PRCTL = (157, 167)
 
 _AF_NETLINK: Final = 16
 #: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and NEWTIME, which in `clone` is another thing.
@@ -94,7 +95,7 @@ _ALLOW: Final = 0x7FFF0000
 _NUMBER: Final = 0
 _ARCHITECTURE: Final = 4
 _ARGUMENT: Final = 16  # the lower half of the first: both machines are little-endian
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 
 _SET_MODE_FILTER: Final = 1
 #: Without it, kernels before 5.16 slow a filtered process down to guard its secrets from code within it.
@@ -144,17 +145,25 @@ def program(column: int, audit: int, on_violation: int, gpu: bool) -> bytes:
 
 
 def _with_arguments(column: int, on_violation: int) -> list[Instruction]:
-    first = (_LOAD, 0, 0, _ARGUMENT)
+    first, second = (_LOAD, 0, 0, _ARGUMENT), (_LOAD, 0, 0, _ARGUMENT + 8)
     violation, allow = (_RETURN, 0, 0, on_violation), (_RETURN, 0, 0, _ALLOW)
     # glibc asks nscd for users by a local socket, and the kernel for addresses by netlink, and does without either.
-    # A pair of sockets that are connected to each other is all that a compiler needs.
+    # A pair of sockets that are connected to each other is all that a compiler needs. Not of datagrams: each of those
+    # can name another address, that of a service's socket in the file system for one.
     habit = (_RETURN, 0, 0, _ERRNO | errno.EACCES)
     made = [first, (_EQUAL, 2, 0, socket.AF_UNIX), (_EQUAL, 1, 0, _AF_NETLINK), violation, habit]
-    paired = [first, (_EQUAL, 0, 1, socket.AF_UNIX), allow, violation]
+    paired = [
+        *(first, (_EQUAL, 1, 0, socket.AF_UNIX), violation),
+        *(second, (_AND, 0, 0, 0xF)),  # without SOCK_CLOEXEC and SOCK_NONBLOCK
+        *((_EQUAL, 1, 0, socket.SOCK_STREAM), (_EQUAL, 0, 1, socket.SOCK_SEQPACKET), allow, habit),
+    ]
     cloned = [first, (_ANY_BIT, 0, 1, _NAMESPACES), violation, allow]
     unshared = [first, (_ANY_BIT, 0, 1, _NAMESPACES | _NEWTIME), violation, allow]
     # Everybody asks for limits of his own (0); those of another process of the same user could be lowered as well.
-    limited = [first, (_EQUAL, 0, 1, 0), allow, (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
+    limited = [first, (_EQUAL, 0, 1, 0), allow, refuse]
+    # What lets nobody look into it, the watchdog cannot measure.
+    hidden = [first, (_EQUAL, 1, 0, libc.PR_SET_DUMPABLE), allow, second, (_EQUAL, 1, 0, 0), allow, refuse]
     return [
         instruction
         for numbers, body in (
@@ -163,6 +172,7 @@ def _with_arguments(column: int, on_violation: int) -> list[Instruction]:
             (_CLONE, cloned),
             (_UNSHARE, unshared),
             (_PRLIMIT, limited),
+            (_PRCTL, hidden),
         )
         for instruction in _when(numbers[column], body)
     ]
