@@ -43,7 +43,7 @@ from sandbox.results import JobResult, Status
 
 PROGRAMS = Path(__file__).parent / "testcases" / "escape"
 #: Jobs at a time, besides the sibling.
-PARALLEL = 3
+PARALLEL = 4
 LIMITS = Limits(
     wall_seconds=10.0, memory_bytes=256 * MIB, processes=40, threads=100, open_files=128, disk_bytes=16 * MIB,
     stderr_bytes=MIB,
@@ -95,6 +95,7 @@ class Decoys:
     """A port that the service tries to reach all the time."""
     abstract: str
     path_socket: str
+    datagram_socket: str
     shared_memory: int
     """Key of a SysV segment."""
     tty: str
@@ -239,10 +240,14 @@ def lay_out(folder: Path, box: sandbox.Sandbox, token: str, mark: str, pair: tup
         "udp": socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
         "abstract": socket.socket(socket.AF_UNIX),
         "path": socket.socket(socket.AF_UNIX),
+        "path datagram": socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+        "abstract datagram": socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
     }
     listeners["udp"].bind(("127.0.0.1", 0))
     listeners["abstract"].bind(f"\0{mark}")
     listeners["path"].bind(str(folder / "home" / "socket"))
+    listeners["path datagram"].bind(str(folder / "home" / "datagram"))
+    listeners["abstract datagram"].bind(f"\0{mark}-datagram")
     for kind in ("abstract", "path"):
         listeners[kind].listen()
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -274,6 +279,7 @@ def lay_out(folder: Path, box: sandbox.Sandbox, token: str, mark: str, pair: tup
         free_port=free_port,
         abstract=mark,
         path_socket=str(folder / "home" / "socket"),
+        datagram_socket=str(folder / "home" / "datagram"),
         shared_memory=key,
         tty=os.ttyname(slave),
         temporary=tempfile.gettempdir(),
@@ -306,7 +312,7 @@ _KEPT: list[Any] = []
 
 def _serve(kind: str, listener: socket.socket, decoys: Decoys) -> None:
     while True:
-        if kind == "udp":
+        if kind == "udp" or kind.endswith("datagram"):
             decoys.connections.append(listener.recv(100).decode())
             continue
         peer, _ = listener.accept()
@@ -416,8 +422,11 @@ def main(level: str, folder: Path, uid: int) -> int:
     except OSError as error:
         print(f"no keyring here: {error}", file=sys.stderr)
     chosen = [path for path in sorted(PROGRAMS.glob("*.py")) if not sys.argv[4:] or path.stem in sys.argv[4:]]
-    if level == "off":  # what no mechanism denies has nothing to show here
+    # Where one mechanism less is there than at another level, or none, only what it would deny shows something new.
+    if level == "off":
         chosen = [path for path in chosen if load(path).NEEDS]
+    if level == "bare":
+        chosen = [path for path in chosen if "landlock" in load(path).NEEDS]
     policy = light_policy(
         parallel_jobs=PARALLEL + 1,
         confinement=confinement,

@@ -32,7 +32,7 @@ NUMBERS = {
     "ptrace": (101, 117), "reboot": (169, 142), "sethostname": (170, 161), "setns": (308, 268), "syslog": (103, 116),
     "umount2": (166, 39), "unshare": (272, 97), "userfaultfd": (323, 282),
 }  # fmt: skip
-CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+CLONE_PARENT, CLONE_NEWNS, CLONE_NEWUSER = 0x00008000, 0x00020000, 0x10000000
 _MACHINE = ("x86_64", "aarch64").index(platform.machine())
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -103,6 +103,17 @@ def keeper() -> int:
     return os.getppid()
 
 
+def set_name(name: str) -> None:
+    """What `ps` calls this process: at most 15 characters."""
+    _libc.prctl(15, name.encode()[:15], 0, 0, 0)
+
+
+def set_dumpable(value: int) -> None:
+    """prctl(PR_SET_DUMPABLE). Raises OSError."""
+    if _libc.prctl(4, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
+
+
 def detach(name: str) -> bool:
     """Leave the job by a session of one's own and a double fork. True in the survivor, whose name is ``name``."""
     if os.fork():
@@ -110,7 +121,7 @@ def detach(name: str) -> bool:
     os.setsid()
     if os.fork():
         os._exit(0)
-    _libc.prctl(15, name.encode()[:15], 0, 0, 0)
+    set_name(name)
     return True
 
 

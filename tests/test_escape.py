@@ -3,7 +3,7 @@
 Each file of tests/testcases/escape is one attempt:
 
     NEEDS                what denies it: names of mechanisms, each of which is enough; none: it must fail everywhere
-    PRIVILEGED = True    only root can do it at all, so that elsewhere the kernel denies it without our help
+    PRIVILEGED = True    only root can do it at all, or only others; without confinement it proves nothing
     attempt(at)          runs in the job; `at` are the decoys (escape_host.Decoys). An OSError: it was refused
     proof(at, seen)      runs in the service: did it get out? By default: it did if `attempt` returned
 
@@ -198,7 +198,7 @@ def table(reports: dict[str, dict[str, Any]]) -> Iterator[str]:
     for level, report in reports.items():
         if level == "off":
             continue
-        cells = [verdict(name, report) for name in PROGRAMS]
+        cells = [verdict(name, report) for name in PROGRAMS if name in report["programs"]]
         denied = sum(cell not in ("open", "ESCAPED", "-") for cell in cells)
         yield (
             f"{level} ({LEVELS[level][0]}): {denied} denied, {cells.count('open')} not enforceable, "
@@ -246,8 +246,15 @@ def test_the_service_is_unharmed(levels: Levels, level: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 60)
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("level", [level for level in LEVELS if level != "off"])
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [
+        (level, name)
+        for level in LEVELS
+        for name in PROGRAMS
+        if level != "off" and (level != "bare" or "landlock" in program(name).needs)
+    ],
+)
 def test_attempt(levels: Levels, level: str, name: str) -> None:
     report = levels.report(level)
     found = report["programs"][name]
