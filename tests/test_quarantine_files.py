@@ -115,7 +115,7 @@ from sandbox.results import Status
 def tell(error):
     raise error
 
-folder, who = Path(sys.argv[1]), sys.argv[2]
+folder, who = Path(sys.argv[1]), sys.argv[1]
 quarantine = Quarantine(FileStore(folder, timedelta(days=30), tell), timedelta(days=30))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -391,18 +391,17 @@ PROGRAM = """
 import contextlib, json, logging, sys
 import torch, sandbox
 from sandbox import faults
-from sandbox.policy import ForkserverSettings, Limits, Policy
+from sandbox.policy import ForkserverSettings, Policy
 
 logging.basicConfig(stream=sys.stderr, format="%(message)s")
 policy = Policy(
     name="mine",
     allow_faults=True,
-    limits=Limits(memory_bytes=int(sys.argv[1])),
     forkserver=ForkserverSettings(warm_up=False),
 )
 sandbox.install(policy)
 x = torch.ones(3)
-with faults.inject(sys.argv[2]) if sys.argv[2] else contextlib.nullcontext():
+with faults.inject(sys.argv[1]) if sys.argv[1] else contextlib.nullcontext():
     assert torch.equal(torch.compile(lambda x: x * 3 - 1)(x), x * 3 - 1)
 stats = sandbox.stats()
 print(json.dumps([stats.children_started, stats.eager, stats.in_child, stats.fallbacks.get("quarantined", 0)]))
@@ -411,25 +410,24 @@ sandbox.uninstall()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_graph_that_killed_a_child_gets_none_in_the_next_process(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def run(fault: str, memory_bytes: int) -> tuple[list[int], str]:
+    def run(fault: str) -> tuple[list[int], str]:
         environment = {
             **os.environ,
             "XDG_CACHE_HOME": str(tmp_path / "cache"),
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         }
         done = subprocess.run(
-            [sys.executable, str(tmp_path / "program.py"), str(memory_bytes), fault],
-            env=environment, capture_output=True, text=True, timeout=110,
+            [sys.executable, str(tmp_path / "program.py"), fault],
+            env=environment, capture_output=True, text=True, timeout=190,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), done.stderr
 
-    assert run("sigabrt", 1 << 31)[0] == [3, 1, 0, 0]
-    found, said = run("", 1 << 31)
+    assert run("sigabrt")[0] == [3, 1, 0, 0]
+    found, said = run("")
     assert found == [0, 1, 0, 1]
     assert "is in quarantine since" in said and "ended with crashed" in said
-    found, _ = run("", 1 << 32)
-    assert found == [1, 0, 1, 0], "a larger limit is another chance"
