@@ -115,7 +115,7 @@ from sandbox.results import Status
 def tell(error):
     raise error
 
-folder, who = Path(sys.argv[1]), sys.argv[1]
+folder, who = Path(sys.argv[1]), sys.argv[2]
 quarantine = Quarantine(FileStore(folder, timedelta(days=30), tell), timedelta(days=30))
 print("ready", flush=True)
 sys.stdin.readline()
