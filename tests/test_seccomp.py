@@ -87,6 +87,7 @@ def habits() -> dict[str, str]:
         "unix": attempt(socket.socket, socket.AF_UNIX),
         "netlink": attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW),
         "interfaces": attempt(socket.if_nameindex),
+        "datagrams": attempt(socket.socketpair, socket.AF_UNIX, socket.SOCK_DGRAM),
         "memfd": attempt(os.memfd_create, "x"),
         "clone3": errno.errorcode[call(435, 0, 0)[1]],
         "limits": attempt(lambda: __import__("resource").prlimit(os.getppid(), 7, (1, 1))),
@@ -174,6 +175,7 @@ def test_what_is_habit_gets_an_error_and_the_job_goes_on(box: sandbox.Sandbox) -
         "unix": "EACCES",
         "netlink": "EACCES",
         "interfaces": "EACCES",
+        "datagrams": "EACCES",
         "memfd": "EPERM",
         "clone3": "ENOSYS",
         "limits": "EPERM",
@@ -335,5 +337,41 @@ def test_the_program_says_the_same_for_both_machines() -> None:
         assert answer(seccomp._CLONE[machine.column], 0x3D0F00) == seccomp._ALLOW  # what pthread_create asks for
         assert answer(seccomp._CLONE[machine.column], 0x10000011) == seccomp._NOTIFY
         assert answer(seccomp._PRLIMIT[machine.column], 0) == seccomp._ALLOW
+        # A GPU job may make a memfd, and local sockets that need a connection, which it cannot make.
+        of_gpu = seccomp.program(machine.column, machine.audit, seccomp._NOTIFY, True)
+        made = seccomp._SOCKET[machine.column]
+        for kind, wanted in ((1, seccomp._ALLOW), (5 | 0o2000000, seccomp._ALLOW), (2, 0x0005000D), (3, 0x0005000D)):
+            assert answer(made, socket.AF_UNIX, code=of_gpu, second=kind) == wanted, kind
+        assert answer(made, 16, code=of_gpu, second=3) == 0x0005000D
+        assert answer(made, socket.AF_INET, code=of_gpu, second=1) == seccomp._NOTIFY
+        assert answer(seccomp._MEMFD[1][machine.column], code=of_gpu) == seccomp._ALLOW
+        assert answer(seccomp._REFUSED["connect"][0][machine.column], code=of_gpu) == 0x0005000D
         allowed = [number for number in range(500) if answer(number) == seccomp._ALLOW]
         assert len(allowed) > 400
+
+
+def test_a_gpu_job_may_listen_locally_and_connect_to_nobody(tmp_path: Path) -> None:
+    """CUDA makes such a socket. On a kernel before Landlock 9 only the filter keeps it from a daemon's."""
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(tmp_path / "daemon"))
+        daemon.listen()
+        said = run_script(
+            """
+            def attempt(function, *arguments):
+                try:
+                    function(*arguments)
+                    return "done"
+                except OSError as error:
+                    return errno.errorcode[error.errno]
+            def job():
+                confine_worker(Confinement(), Limits(), gpu=True)
+                one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                two = socket.socket(socket.AF_UNIX)
+                return [attempt(one.bind, f"\\0sandbox-test-{os.getpid()}"), attempt(one.listen),
+                        attempt(two.connect, sys.argv[1]), attempt(socket.socket, socket.AF_UNIX, socket.SOCK_DGRAM),
+                        attempt(os.memfd_create, "cuda")]
+            print(json.dumps(in_child(job)[0]))
+            """,
+            str(tmp_path / "daemon"),
+        )
+    assert said == ["done", "done", "EACCES", "EACCES", "done"]

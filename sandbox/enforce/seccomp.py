@@ -71,6 +71,8 @@ _REFUSED: Final = {
     "adjtimex": ((159, 171), errno.EPERM),
     "clock_adjtime": ((305, 266), errno.EPERM),
     "memfd_secret": ((447, 447), errno.EPERM),
+    # The sockets of a pair are connected; a GPU job's own, which CUDA listens on, must not lead to a daemon's.
+    "connect": ((42, 203), errno.EACCES),
 }
 #: Programs can be started from it, which Landlock does not see. libffi and some JIT compilers ask for it first and
 #: have another way. CUDA shares memory by it.
@@ -139,24 +141,26 @@ def program(column: int, audit: int, on_violation: int, gpu: bool) -> bytes:
         code += _when(number, [(_RETURN, 0, 0, on_violation)]) if number >= 0 else []
     for number, error in refused.values():
         code += _when(number, [(_RETURN, 0, 0, _ERRNO | error)])
-    code += _with_arguments(column, on_violation)
+    code += _with_arguments(column, on_violation, gpu)
     code.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
-def _with_arguments(column: int, on_violation: int) -> list[Instruction]:
+def _with_arguments(column: int, on_violation: int, gpu: bool) -> list[Instruction]:
     first, second = (_LOAD, 0, 0, _ARGUMENT), (_LOAD, 0, 0, _ARGUMENT + 8)
     violation, allow = (_RETURN, 0, 0, on_violation), (_RETURN, 0, 0, _ALLOW)
     # glibc asks nscd for users by a local socket, and the kernel for addresses by netlink, and does without either.
-    # A pair of sockets that are connected to each other is all that a compiler needs. Not of datagrams: each of those
-    # can name another address, that of a service's socket in the file system for one.
     habit = (_RETURN, 0, 0, _ERRNO | errno.EACCES)
-    made = [first, (_EQUAL, 2, 0, socket.AF_UNIX), (_EQUAL, 1, 0, _AF_NETLINK), violation, habit]
-    paired = [
-        *(first, (_EQUAL, 1, 0, socket.AF_UNIX), violation),
+    # Streams and packets reach only what they are connected to; datagrams take any address,
+    # that of a service's socket in the file system for one.
+    connected = [
         *(second, (_AND, 0, 0, 0xF)),  # without SOCK_CLOEXEC and SOCK_NONBLOCK
         *((_EQUAL, 1, 0, socket.SOCK_STREAM), (_EQUAL, 0, 1, socket.SOCK_SEQPACKET), allow, habit),
     ]
+    # A pair of sockets that are connected to each other is all that a compiler needs; CUDA listens on a local socket.
+    paired = [first, (_EQUAL, 1, 0, socket.AF_UNIX), violation, *connected]
+    local, netlink = (_EQUAL, 2, 0, socket.AF_UNIX), (_EQUAL, len(connected) if gpu else 1, 0, _AF_NETLINK)
+    made = [first, local, netlink, violation, *(connected if gpu else [habit])]
     cloned = [first, (_ANY_BIT, 0, 1, _NAMESPACES), violation, allow]
     unshared = [first, (_ANY_BIT, 0, 1, _NAMESPACES | _NEWTIME), violation, allow]
     # Everybody asks for limits of his own (0); those of another process of the same user could be lowered as well.
