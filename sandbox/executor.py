@@ -261,7 +261,7 @@ class Sandbox:
             works, problem = _works(result), result.detail
             return result
         except RefusedError as error:  # no memory: whether the sandbox works is not known
-            return _failed(task.job, Status.SANDBOX_ERROR, str(error))
+            return _failed(task.job, Status.SANDBOX_ERROR, str(error)).model_copy(update={"no_memory": True})
         except Exception as error:
             works, problem = False, f"{type(error).__name__}: {error}"
             raise

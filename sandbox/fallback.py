@@ -5,7 +5,8 @@
     2  `retry` and `reduced` start a child. After :data:`MAX_ATTEMPTS` children no more is started.
     3  `in_process` is skipped if the policy does not allow it, and refused if *any* attempt of the history killed
        its child: a graph that crashed first and was garbled on retry is not safer than one that crashed twice.
-       Only `allow_in_process_after_crash = true` lifts that.
+       Only `allow_in_process_after_crash = true` lifts that. It is refused as well if a child was not started for
+       want of memory: the serving process would take the same memory from the same host, without a limit.
     4  `eager` and `raise` end it.
     5  A ladder that is used up ends with `raise`. But if an `in_process` was left out, the policy had asked for an
        answer and not for an exception, and it ends with `eager`. A ladder that says `raise` itself, as in
@@ -39,6 +40,8 @@ class Attempt(BaseModel):
     """What led to this attempt."""
     status: Status
     """How it ended."""
+    no_memory: bool = False
+    """Whether the child was never started for want of memory."""
 
 
 class Decision(NamedTuple):
@@ -96,6 +99,8 @@ def weigh(policy: Policy, status: Status, history: tuple[Attempt, ...]) -> Decis
                 why = "allow_in_process = false"
             elif killer is not None and not policy.allow_in_process_after_crash:
                 why = f"refused: a child of this graph ended with {killer.value}"
+            elif any(attempt.no_memory for attempt in history):
+                why = "refused: there was not the memory to start a child"
         if not why:
             return Decision(step, tuple(left_out), False)
         left_out.append((step, why))

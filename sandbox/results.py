@@ -198,6 +198,8 @@ class JobResult(_Model):
     status: Status
     by_child: bool = False
     """Whether the status is the child's own word, and not what this process saw."""
+    no_memory: bool = False
+    """Whether the job was never started for want of memory: the host's, not the job's limit."""
     detail: str = ""
     """One line for people: what failed and why. Empty when ok."""
     value: Any = None

@@ -248,7 +248,8 @@ def test_a_refused_job_is_our_failure_but_opens_no_breaker(scarce: tuple[sandbox
         hurried._admission = host.admission
         for _ in range(2):
             result = hurried.submit(sandbox.callable_job(os.getpid)).result(30)
-            assert result.status is Status.SANDBOX_ERROR and "no memory became free" in result.detail
+            assert result.status is Status.SANDBOX_ERROR and result.no_memory
+            assert "no memory became free" in result.detail
             assert result.usage.memory_granted_bytes == 0
         assert hurried.stats().breaker == "closed"
         host.free = 900 * MIB

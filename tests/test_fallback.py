@@ -228,6 +228,17 @@ def test_pure(policy: Policy, found: tuple[Attempt, ...]) -> None:
     assert "\n" not in line and first.step in line
 
 
+def test_what_had_not_the_memory_for_a_child_is_not_compiled_here() -> None:
+    first = Attempt(step="first", status=Status.SANDBOX_ERROR, no_memory=True)
+    again = Attempt(step="retry", status=Status.SANDBOX_ERROR)
+    assert decide(Policy(), Status.SANDBOX_ERROR, (first,)) == "retry"
+    decision = weigh(Policy(), Status.SANDBOX_ERROR, (first, again))
+    assert decision.step == "eager"
+    assert ("in_process", "refused: there was not the memory to start a child") in decision.left_out
+    healthy = Attempt(step="first", status=Status.SANDBOX_ERROR)
+    assert decide(Policy(), Status.SANDBOX_ERROR, (healthy, again)) == "in_process"
+
+
 @given(policies, st.lists(st.sampled_from(FAILURES), min_size=20, max_size=20))
 def test_it_ends_however_the_statuses_alternate(policy: Policy, statuses: list[Status]) -> None:
     step: str = "first"

@@ -161,7 +161,7 @@ class _Compile:
                 return output
             if result.status in KILLERS and not starved(self.policy, result):
                 self.killed.append(result)
-            self.history.append(fallback.Attempt(step=step, status=result.status))
+            self.history.append(fallback.Attempt(step=step, status=result.status, no_memory=result.no_memory))
             history = tuple(self.history)
             log.log(
                 logging.INFO if result.status is Status.COMPILE_ERROR else logging.WARNING,
