@@ -90,6 +90,10 @@ class Exited(_Envelope):
     """The number of the signal that ended it, if one did."""
     cpu_seconds: Seconds = 0.0
     """User and system CPU time of the tree, in seconds."""
+    breach: Literal["", "memory", "processes", "threads"] = ""
+    """What of [limits] the kernel stopped the job at, through its cgroup; `processes`: so many were left at its end."""
+    peak_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    """Most memory that the job's cgroup held, in bytes; 0 if it has none, or the kernel does not tell."""
     leaks: Leaks = ()
     """What the job left behind."""
     refused: Annotated[str, Field(max_length=MAX_DETAIL)] = ""

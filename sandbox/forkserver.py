@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import ledger, leftovers
-from sandbox.enforce import identity
+from sandbox.enforce import cgroups, identity
 from sandbox.errors import ForkserverError
+from sandbox.limits import Confinement, Limits
 from sandbox.policy import Policy
 from sandbox.processes import read_stat
 from sandbox.results import Leak
@@ -152,13 +153,19 @@ class Forkserver:
         with self._change:
             self._change.notify_all()
 
-    def fork(self, job_id: str, folder: Path, confinement: str, fds: Sequence[int]) -> Keeper:
+    def fork(self, job_id: str, folder: Path, confinement: Confinement, limits: Limits, fds: Sequence[int]) -> Keeper:
         """Fork a keeper for a job. ``fds``: job socket, stderr pipe, keeper socket (the child's ends).
 
         Raises:
             ForkserverError: the template is dead, does not answer in time, or refuses.
         """
-        request = {"op": "fork", "job_id": job_id, "scratch": str(folder), "confinement": confinement}
+        request = {
+            "op": "fork",
+            "job_id": job_id,
+            "scratch": str(folder),
+            "confinement": confinement.model_dump_json(),
+            "limits": limits.model_dump_json(),
+        }
         answer = self._ask(request, fds, self._policy.forkserver.fork_timeout_seconds)
         if answer.get("event") != "forked" or answer.get("job_id") != job_id:
             raise ForkserverError(f"the forkserver refused: {answer.get('reason', answer)}")
@@ -222,6 +229,7 @@ class Forkserver:
             # It notices the end of the template, or that a start is no longer wanted.
             thread.join(LEAVE_SECONDS)
             self.tell_running(thread)
+        cgroups.sweep(cgroups.group_names(self.root.path), self._policy.confinement.cgroup_parent)
         for text in self.root.remove():
             self.tell(Leak(kind="temp_file", object=text[:300], owner="parent", reclaimed=False))
 
@@ -306,6 +314,7 @@ class Forkserver:
         path = [os.fspath(entry) or os.getcwd() for entry in sys.path]
         settings = {
             "root": str(self.root.path),
+            "cgroup_parent": self._policy.confinement.cgroup_parent,
             "parent_pid": os.getpid(),
             "sys_path": path,
             "import_torch": self._policy.forkserver.import_torch,

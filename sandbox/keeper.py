@@ -9,6 +9,8 @@ flight is not lost with the forkserver.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import resource
 import select
@@ -17,20 +19,22 @@ import socket
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-from sandbox import child, ledger, scratch
-from sandbox.enforce import Place, prepare_keeper, seccomp
+from sandbox import child, init, ledger, scratch
+from sandbox.enforce import Place, cgroups, check, libc, paths, prepare_keeper, seccomp
+from sandbox.enforce.namespaces import TEMPORARY, Entered
 from sandbox.errors import EnforcementError, WireError
-from sandbox.limits import Confinement
-from sandbox.processes import Process, descendants, kill_tree, read_stat, reap
+from sandbox.init import keep_only
+from sandbox.limits import Confinement, Limits
+from sandbox.processes import Process, descendants, kill_tree, read_stat, reap, send_signal
 from sandbox.reclaim import Evidence, Record, mapped_inodes, reclaim, used_by
 from sandbox.results import Enforcement, Leak, Mechanism, State, printable
 from sandbox.wire import Exited, KeeperReady, send_frame
 
 #: Seconds that a frame to the parent may take; the parent reads all the time, so this is only a guard.
 SEND_SECONDS = 5.0
-#: Seconds between two looks at what the job holds in a /dev/shm that it shares with the host.
+#: Seconds between two looks at what the job holds in a /dev/shm that it shares with the host, and at its cgroup.
 LOOK_SECONDS = 0.25
 #: Order of the parent to kill; with the other one, the worker first prints its stacks.
 KILL, KILL_WITH_STACKS = b"K", b"S"
@@ -45,7 +49,7 @@ def main(request: dict[str, Any], fds: list[int]) -> NoReturn:
     code = 1
     try:
         job_fd, stderr_fd, keeper_fd = fds
-        _keep_only({job_fd, stderr_fd, keeper_fd})
+        keep_only({job_fd, stderr_fd, keeper_fd})
         code = _keep(request, job_fd, stderr_fd, socket.socket(fileno=keeper_fd))
     except BaseException:  # noqa: BLE001 - a fork of the template must never return into its loop
         _confess(request, fds, traceback.format_exc())
@@ -68,36 +72,78 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
     job_id: str = request["job_id"]
     folder = Path(request["scratch"])
     confinement = Confinement.model_validate_json(request["confinement"])
+    limits = Limits.model_validate_json(request["limits"])
     # Before SIGCHLD is watched: the wake-up pipe makes `poll` return when any process of the tree ends.
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
     try:
-        mechanisms = prepare_keeper(confinement)
+        check(confinement, {"cgroup": state})
+        entered = prepare_keeper(confinement)
+        entered.states["cgroup"] = state
+        before = ledger.take()
+        # The template's own folder, in which we still are, holds what its warm-up has built.
+        read = paths.needed(os.environ, gpu=False, extra=(os.getcwd(), *confinement.read)).read
+        ours, theirs = init.channel()
+        report, report_end = socket.socketpair()
+        place = Place(str(folder), tempfile.gettempdir(), entered.own_shm, report_end.fileno())
+        own = os.getpid()
+        first = os.fork()
+        if first == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                report_end.detach()  # closed once the worker is confined
+                for fd in (wake_read, wake_write, parent.fileno(), ours.fileno(), report.fileno()):
+                    os.close(fd)
+                work = functools.partial(child.main, job_id, place, job_fd, stderr_fd)
+                init.main(theirs, entered, confinement, folder, read, group, work)  # never returns
+            finally:
+                os._exit(1)
+        try:
+            os.close(job_fd)
+            theirs.close()
+            report_end.close()
+            if group is not None:
+                group.close()
+            if entered.own_user:
+                libc.drop_capabilities()
+            worker = _started(ours, entered, confinement)
+            tree = _Tree(worker, first, ours, entered, group, limits, Record(folder))
+            return _see_through(job_id, folder, parent, report, wake_read, tree, before)
+        finally:
+            # Whatever went wrong with us, the tree does not outlive it.
+            kill_tree(own, deadline_seconds=KILL_SECONDS)
     except EnforcementError as error:
         send_frame(parent, Exited(job_id=job_id, refused=str(error)), b"", SEND_SECONDS)
         return 0
-    own_shm = mechanisms["mount_namespace"].state is State.ENFORCED
-    report, report_end = socket.socketpair()
-    place = Place(str(folder), tempfile.gettempdir(), own_shm, report_end.fileno())
-    before = ledger.take()
-    own = os.getpid()
-    worker = os.fork()
-    if worker == 0:
-        signal.set_wakeup_fd(-1)
-        report_end.detach()  # closed once the worker is confined
-        for fd in (wake_read, wake_write, parent.fileno(), report.fileno()):
-            os.close(fd)
-        child.main(job_id, place, job_fd, stderr_fd, own)  # never returns
-    os.close(job_fd)
-    report_end.close()
-    tree = _Tree(worker, mechanisms, Record(folder))
-    try:
-        return _see_through(job_id, folder, parent, report, wake_read, tree, before)
     finally:
-        # Whatever went wrong with us, the tree does not outlive it.
-        kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS)
+        if group is not None:
+            group.remove()
+
+
+def _started(ours: socket.socket, entered: Entered, confinement: Confinement) -> int:
+    """Wait until the worker is there; returns its pid.
+
+    Raises:
+        EnforcementError: something required is missing.
+        RuntimeError: the first process failed or ended.
+    """
+    ours.settimeout(init.START_SECONDS)
+    while True:
+        message, pid = init.receive(ours)
+        if "states" in message:
+            entered.states |= Enforcement.model_validate(message["states"], strict=False).mechanisms
+        elif "worker" in message:
+            if message["cgroup"]:
+                entered.states["cgroup"] = Mechanism(state=State.UNAVAILABLE, reason=str(message["cgroup"]))
+            check(confinement, entered.states)
+            return pid
+        elif "refused" in message:
+            raise EnforcementError(str(message["refused"]))
+        else:
+            raise RuntimeError(f"the first process of the job failed: {message.get('failed', 'it ended')}")
 
 
 def _see_through(
@@ -111,7 +157,7 @@ def _see_through(
 ) -> int:
     """From the worker's start to the keeper's own end."""
     try:
-        ready = KeeperReady(job_id=job_id, pid=tree.worker, enforcement=Enforcement(mechanisms=tree.mechanisms))
+        ready = KeeperReady(job_id=job_id, pid=tree.worker, enforcement=Enforcement(mechanisms=tree.entered.states))
         send_frame(parent, ready, b"", SEND_SECONDS)
         _wait(parent, report, wake_read, tree)
     except WireError:
@@ -119,6 +165,9 @@ def _see_through(
     leaks = _clean(tree, before, folder)
     tree.record.remove()
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seen = tree.group.seen() if tree.group is not None else cgroups.Seen()
+    if tree.group is not None:
+        tree.group.remove()  # before the report: whoever reads it finds nothing left
     if tree.orphaned:
         scratch.remove(folder)
         return 0
@@ -127,6 +176,8 @@ def _see_through(
         exit_code=None if tree.status is None or tree.status < 0 else tree.status,
         signal=-tree.status if tree.status is not None and tree.status < 0 else None,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
+        breach=_breach(tree, seen),
+        peak_memory_bytes=seen.peak_bytes,
         leaks=tuple(leaks[: child.MAX_LEAKS]),
         violation=tree.violation,
     )
@@ -140,26 +191,48 @@ def _see_through(
 class _Tree:
     """What the keeper knows of the job's processes."""
 
-    def __init__(self, worker: int, mechanisms: dict[str, Mechanism], record: Record) -> None:
+    def __init__(
+        self,
+        worker: int,
+        first: int,
+        ours: socket.socket,
+        entered: Entered,
+        group: cgroups.Group | None,
+        limits: Limits,
+        record: Record,
+    ) -> None:
         self.worker = worker
+        self.first = first  # pid 1 of the job's own process ids; without them it is the worker
+        self.init = ours
+        self.entered = entered
+        self.group = group
+        self.limits = limits
         self.record = record
-        self.mechanisms = mechanisms
         self.status: int | None = None  # exit code, or the negative signal, once the worker has ended
         self.orphaned = False  # the parent is gone
-        self.ordered = False  # the parent ordered the kill, or the job called for it
+        self.ordered = False  # the kill was ordered: by the parent, or by what the job has done
         self.violation = ""  # the system call that the filter has stopped
-        self.pids = {worker}  # every process of the job that was seen
+        self.pids = {worker, first}  # every process of the job that was seen
+        self.left = 0  # live processes besides the worker when the job was over
         self.inodes: set[ledger.Inode] = set()  # what they were seen to hold in a shared /dev/shm
 
     def note(self, pid: int, status: int, _cpu_seconds: float) -> None:
         """A process of the tree was collected."""
         self.pids.add(pid)
-        if pid == self.worker:
+        # With init everything else ends, too; before it was killed by us it was by the kernel, for memory.
+        if pid == self.first and self.status is None:
+            self.status = os.waitstatus_to_exitcode(status)
+
+    def hear(self) -> None:
+        """Init says how the worker ended. What else comes is a job's that has its descriptor, or init's end."""
+        message, _pid = init.receive(self.init)
+        status = message.get("status")
+        if self.status is None and isinstance(status, int) and 0 <= status < 1 << 16:
             self.status = os.waitstatus_to_exitcode(status)
 
     def look(self) -> None:
         """In namespaces that are shared with the host, what the job's processes hold is how its objects are known."""
-        own_shm, own_ipc = self.has("mount_namespace"), self.has("ipc_namespace")
+        own_shm, own_ipc = self.entered.own_shm, self.has("ipc_namespace")
         if own_shm and own_ipc:
             return
         pids = {process.pid for process in descendants(os.getpid())}
@@ -171,7 +244,7 @@ class _Tree:
 
     def has(self, mechanism: str) -> bool:
         """Whether a mechanism is fully enforced on this job."""
-        found = self.mechanisms.get(mechanism)
+        found = self.entered.states.get(mechanism)
         return found is not None and found.state is State.ENFORCED
 
 
@@ -181,13 +254,23 @@ def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _T
     listener: int | None = None
     for watched in (parent.fileno(), report.fileno(), wake_read):
         poll.register(watched, select.POLLIN)
-    # Only in shared namespaces there is something to look at while the job runs.
-    interval = None if tree.has("mount_namespace") and tree.has("ipc_namespace") else LOOK_SECONDS * 1000
+    if tree.entered.own_pids:
+        poll.register(tree.init.fileno(), select.POLLIN)
+    # There is something to look at while the job runs in shared namespaces, or in a cgroup.
+    alone = tree.entered.own_shm and tree.has("ipc_namespace") and tree.group is None
+    interval = None if alone else LOOK_SECONDS * 1000
     while tree.status is None:
         tree.look()
+        if tree.group is not None and tree.group.seen().oom_kills:
+            tree.ordered = True  # v1 has killed one process of the tree, and the others may wait for it for ever
+            return
         for fd, events in poll.poll(interval):
             if fd == wake_read:
                 os.read(wake_read, 4096)
+            elif fd == tree.init.fileno():
+                tree.hear()
+                if events & select.POLLHUP:
+                    poll.unregister(fd)  # init is dead: its end says the rest
             elif fd == report.fileno():
                 listener = seccomp.receive_listener(report)
                 poll.unregister(report)
@@ -209,31 +292,37 @@ def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _T
                 tree.ordered = True
                 tree.orphaned = not order
                 if order == KILL_WITH_STACKS:
-                    _print_stacks(tree.worker, wake_read)
+                    _print_stacks(tree, wake_read)
                 return
         reap(tree.note)
 
 
-def _print_stacks(worker: int, wake_read: int) -> None:
+def _print_stacks(tree: _Tree, wake_read: int) -> None:
     """Have the worker say where it hangs. One that is stopped cannot; one that ends meanwhile is not waited for."""
-    stat = read_stat(worker)
+    stat = read_stat(tree.worker)
     if stat is not None and not stat.dead and stat.state not in "Tt":
-        os.kill(worker, child.STACKS_SIGNAL)  # our own child: the pid is not free before we reap it
-        select.select([wake_read], [], [], STACKS_SECONDS)
+        send_signal(stat.pid, stat.start_ticks, child.STACKS_SIGNAL)
+        select.select([wake_read, tree.init.fileno()], [], [], STACKS_SECONDS)
 
 
 def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:
     """Kill what is left of the tree, then remove what it left in the kernel."""
-    left = descendants(os.getpid())
-    pids = {process.pid for process in left}
-    tree.pids |= pids
+    left = [process for process in descendants(os.getpid()) if process.pid not in (tree.worker, tree.first)]
+    tree.pids |= {process.pid for process in left}
+    tree.left = len(left)
     tree.look()
+    leaks = _temporary(tree) if tree.entered.own_pids and tree.has("mount_namespace") else []
     # Whom the parent has ordered to be killed has left nothing behind.
-    survivors = [] if tree.ordered else _survivors(left, tree.worker)
+    leaks += [] if tree.ordered else _survivors(left)
+    if tree.group is not None:
+        tree.group.kill()
+    if tree.entered.own_pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(tree.first, signal.SIGKILL)  # the kernel kills all that it is init of
     kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
     after = ledger.take(folders=(folder / "tmp",))
     evidence = Evidence(
-        own_shm=tree.has("mount_namespace"),
+        own_shm=tree.entered.own_shm,
         own_ipc=tree.has("ipc_namespace"),
         own_folders=True,
         pids=frozenset(tree.pids),
@@ -241,16 +330,14 @@ def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:
     )
     # All else is of the keeper itself, not of the job.
     held = [each for each in ledger.differences(before, after) if each.kind in ledger.KERNEL_LEAKS]
-    return [*survivors, *reclaim(held, evidence)]
+    return [*leaks, *reclaim(held, evidence)]
 
 
-def _survivors(left: list[Process], worker: int) -> list[Leak]:
+def _survivors(left: list[Process]) -> list[Leak]:
     """The processes that outlived the worker, and what they hold of a GPU. They are killed next."""
     found = []
-    pids = {process.pid for process in left} - {worker}
+    pids = {process.pid for process in left}
     for process in left:
-        if process.pid == worker:
-            continue
         text = f"pid {process.pid} ({process.command})"
         held = [ledger.Held("process" if process.ppid in pids else "orphan", text)]
         for fd, target in ledger.descriptors(process.pid).items():
@@ -260,10 +347,26 @@ def _survivors(left: list[Process], worker: int) -> list[Leak]:
     return found
 
 
-def _keep_only(keep: set[int]) -> None:
-    """Close every descriptor but 0, 1, 2 and ``keep``."""
-    low = 3
-    for fd in sorted(keep):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+def _breach(tree: _Tree, seen: cgroups.Seen) -> Literal["", "memory", "processes", "threads"]:
+    if tree.left >= tree.limits.processes:
+        return "processes"  # a fork bomb may use up the memory before the watchdog has looked
+    if seen.oom_kills:
+        return "memory"
+    return "threads" if seen.refused_forks else ""
+
+
+def _temporary(tree: _Tree) -> list[Leak]:
+    """Files in the job's own /tmp and /var/tmp, which end with its mount namespace; at most ``child.MAX_LEAKS``."""
+    root = f"/proc/{tree.first}/root"
+    found: list[str] = []
+    for place in TEMPORARY:
+        try:
+            own = os.stat(root + place).st_dev
+        except OSError:
+            continue  # no such folder, or init has ended before us
+        for folder, folders, files in os.walk(root + place):
+            # What is mounted in there (code, the scratch folder) is not the job's temporary file.
+            folders[:] = [name for name in folders if os.lstat(f"{folder}/{name}").st_dev == own]
+            found += [f"{folder}/{name}" for name in files if os.lstat(f"{folder}/{name}").st_dev == own]
+    texts = (printable(path.removeprefix(root), ledger.MAX_TEXT) for path in sorted(found)[: child.MAX_LEAKS])
+    return [Leak(kind="temp_file", object=text, owner="child", reclaimed=True) for text in texts]

@@ -5,6 +5,7 @@ something is ours, and that nobody uses it any more, is a scratch root whose loc
 
 - the root itself, and a folder of copies in a cache, which is held by such a lock, too;
 - a process of this user whose environment has its home or temporary folder in such a root;
+- a cgroup that bears its name, with what runs in it;
 - an object in /dev/shm or a SysV object that a keeper has recorded in such a root (:class:`sandbox.reclaim.Record`).
 
 What only looks like ours is told apart and never touched.
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 from sandbox import artifacts, ledger, processes, reclaim, scratch
+from sandbox.enforce import cgroups
 from sandbox.results import printable
 
-Kind = Literal["process", "shared_object", "adoption", "scratch_root"]
+Kind = Literal["process", "shared_object", "cgroup", "adoption", "scratch_root"]
 #: Seconds that a killed process may take to be gone.
 KILL_SECONDS: Final = 2.0
 _HOMES: Final = (b"HOME=", b"TMPDIR=")
@@ -56,6 +58,9 @@ class Leftover:
                 return _kill(self.handle)
             if self.handle is not None:
                 return reclaim.remove_held(self.handle)
+            if self.kind == "cgroup":
+                cgroups.sweep(os.path.basename(self.object))
+                return "it still holds processes" if os.path.exists(self.object) else ""
             if any(_objects(self.root)):
                 return "it holds the only proof of objects that are still used"
             return "; ".join(scratch.remove(self.root))
@@ -69,6 +74,9 @@ def find(caches: Iterable[Path] = ()) -> list[Leftover]:
     """
     roots = _abandoned(Path(tempfile.gettempdir()), scratch.root_prefix())
     found = [*_processes(), *(each for root in roots for each in _objects(root))]
+    for root in roots:
+        for group in cgroups.left(cgroups.group_names(root)):
+            found.append(Leftover("cgroup", group, f"it bears the name of {root}, whose lock nobody holds", root))
     for cache in caches:
         for folder in _abandoned(cache, artifacts.MAKING):
             proof = "copies of kernel files in the making, whose lock nobody holds"

@@ -40,6 +40,10 @@ class Limits(BaseModel):
     threads: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     """Live threads in the tree, a count. When hit: killed, status `violation`."""
 
+    cores: Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)] = 0.0
+    """Cores that the process tree may keep busy on average, a count; 0 means no limit. When hit: slowed down, not
+    killed. Only with the mechanism `cgroup` and its controller cpu."""
+
     open_files: Annotated[int, Field(ge=32, le=1_000_000)] = 1024
     """Open file descriptors per process (RLIMIT_NOFILE), a count. When hit: `open` fails inside the job with
     EMFILE; a job that dies of it ends as `violation`."""
@@ -83,7 +87,7 @@ class Confinement(BaseModel):
     ipc_namespace: Demand = "prefer"
     """Own SysV semaphores, shared memory and message queues."""
     mount_namespace: Demand = "prefer"
-    """Own empty /dev/shm, so that POSIX semaphores and shared memory of a job end with it."""
+    """Own empty /dev/shm, /tmp and /var/tmp; of the rest only the job's scratch folder can be written."""
     network_namespace: Demand = "prefer"
     """No network but an own, unconnected loopback."""
     capabilities: Demand = "prefer"
@@ -97,13 +101,20 @@ class Confinement(BaseModel):
     run_as: Annotated[str, Field(pattern=r"^([a-z_][a-z0-9_-]*|[0-9]{1,9})?$", max_length=64)] = ""
     """User, by name or number, that the workers of a service with root's rights run as. Empty: the service's own. A
     service without the rights is refused with an error when it is set up."""
+    pid_namespace: Demand = "prefer"
+    """Own process ids: a job neither sees nor signals processes of others, and the kernel kills its tree as one."""
+    cgroup: Demand = "prefer"
+    """The kernel holds the tree to memory_bytes, threads and cores of [limits], where a cgroup (v2 or v1) is
+    delegated to this user."""
+    cgroup_parent: Annotated[str, Field(pattern=r"^(/[^\x00]*)?$", max_length=4096)] = ""
+    """Cgroup in which those of jobs are made, an absolute path. Default: the nearest one that is delegated."""
     read: Annotated[tuple[AbsolutePath, ...], Field(max_length=1000)] = ()
     """Absolute paths that a job may read and execute besides what the compiler needs: interpreter, search path,
     toolchain (`sandbox/enforce/paths.py`). For code that lies directly in a home folder, or headers in odd places."""
 
     def demands(self) -> dict[str, Demand]:
         """The mechanisms, each with what the policy says of it."""
-        return {name: value for name, value in self if name not in ("run_as", "read")}
+        return {name: value for name, value in self if name not in ("run_as", "cgroup_parent", "read")}
 
     def softened(self) -> Confinement:
         """The same with each `require` made a `prefer`, so that all can be tried where some are missing."""

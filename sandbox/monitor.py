@@ -30,7 +30,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from sandbox import artifacts, ledger, reclaim, scratch
-from sandbox.enforce import identity
+from sandbox.enforce import cgroups, identity
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import WireError
 from sandbox.forkserver import Forkserver, Keeper, socket_pair
@@ -195,7 +195,7 @@ def run(
         made |= ledger.links(every)
         try:
             ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
-            process = forkserver.fork(job.spec.job_id, folder, job.spec.confinement.model_dump_json(), ends)
+            process = forkserver.fork(job.spec.job_id, folder, job.spec.confinement, job.spec.limits, ends)
         finally:
             os.close(stderr_end)
         started = time.monotonic()
@@ -444,11 +444,15 @@ def _sample(watch: _Watch, ticks: int) -> None:
     watch.cpu_seconds = max(watch.cpu_seconds, usage.cpu_seconds)
     watch.peak_memory = max(watch.peak_memory, usage.memory_bytes)
     watch.tell_memory(usage.memory_bytes)
+    # The init of the job's process ids is ours. Whether there is one is not known before the keeper is ready.
+    pids = watch.seen.mechanisms.get("pid_namespace")
+    init = 1 if watch.pid is None or (pids is not None and pids.state in (State.ENFORCED, State.PARTIAL)) else 0
+    processes, threads = usage.processes - init, usage.threads - init
     # The more telling cause first: a fork bomb is over the memory limit, too.
-    if usage.processes > limits.processes:
-        watch.breach(Status.VIOLATION, f"{usage.processes} processes, limits.processes = {limits.processes}")
-    elif usage.threads > limits.threads:
-        watch.breach(Status.VIOLATION, f"{usage.threads} threads, limits.threads = {limits.threads}")
+    if processes > limits.processes:
+        watch.breach(Status.VIOLATION, f"{processes} processes, limits.processes = {limits.processes}")
+    elif threads > limits.threads:
+        watch.breach(Status.VIOLATION, f"{threads} threads, limits.threads = {limits.threads}")
     elif usage.memory_bytes > limits.memory_bytes:
         watch.breach(
             Status.MEMORY_LIMIT,
@@ -491,6 +495,8 @@ def _see_dead(watch: _Watch, forkserver: Forkserver) -> None:
         if worker is not None and worker.start_ticks == watch.start_ticks:
             kill_tree(worker.pid, include_root=True)
         forkserver.sweep()
+        if watch.seen.exited is None:
+            cgroups.sweep(cgroups.group_name(watch.scratch), watch.job.spec.confinement.cgroup_parent)
 
 
 def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult:
@@ -534,7 +540,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
             queue_seconds=queued,
             start_seconds=reply.start_seconds if reply else 0.0,
             cpu_seconds=max(watch.cpu_seconds, exited.cpu_seconds if exited else 0.0),
-            peak_memory_bytes=watch.peak_memory,
+            peak_memory_bytes=max(watch.peak_memory, exited.peak_memory_bytes if exited else 0),
             memory_granted_bytes=spec.limits.memory_bytes,
             stderr_bytes=watch.stderr_bytes,
         ),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import keeper, ledger, scratch, trackers
-from sandbox.enforce import libc, prepare_template
+from sandbox.enforce import cgroups, libc, prepare_template
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
 from sandbox.processes import Process, descendants
 from sandbox.results import printable
@@ -62,7 +62,7 @@ def main(control_fd: int) -> None:
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, pages that children share
     _send(control, {"event": "ready", **report})
-    _serve(control, Path(settings["root"]))
+    _serve(control, Path(settings["root"]), settings["cgroup_parent"])
 
 
 def _warm(settings: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "seconds": time.monotonic() - started, "threads": threads}
 
 
-def _serve(control: socket.socket, root: Path) -> None:
+def _serve(control: socket.socket, root: Path, cgroup_parent: str) -> None:
     keepers: set[tuple[int, int]] = set()  # pid and start time: a pid alone may be somebody else's by now
     before, grown = ledger.take(ipc=False), dict[str, str]()
     while True:
@@ -99,7 +99,7 @@ def _serve(control: socket.socket, root: Path) -> None:
         except ConnectionResetError:
             message, fds = b"", []
         if not message:
-            _outlive_parent(root)
+            _outlive_parent(root, cgroup_parent)
         request = json.loads(message)
         strays = _kill_strays(keepers)
         if request["op"] == "leave":
@@ -186,7 +186,7 @@ def _send(control: socket.socket, message: dict[str, Any]) -> None:
         return  # the parent is gone: the next read sees the end
 
 
-def _outlive_parent(root: Path) -> NoReturn:
+def _outlive_parent(root: Path, cgroup_parent: str) -> NoReturn:
     """The parent is gone without a word: see that every job ends, then remove the root, and end.
 
     Keepers have seen the same end of file and clean up; one that a job has stopped cannot, and is killed.
@@ -195,5 +195,6 @@ def _outlive_parent(root: Path) -> NoReturn:
     while _children() and time.monotonic() < deadline:
         time.sleep(0.01)
     _kill_strays(set())
+    cgroups.sweep(cgroups.group_names(root), cgroup_parent)
     scratch.remove(root)
     os._exit(0)

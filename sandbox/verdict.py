@@ -18,7 +18,12 @@ _OURS = {
     EXIT_NO_PARENT: "the child could not send its reply",
 }
 
-
+#: What the keeper found when it was over.
+_BREACHES = {
+    "memory": (Status.MEMORY_LIMIT, "the job's cgroup had used up limits.memory_bytes: killed by the kernel"),
+    "processes": (Status.VIOLATION, "more than limits.processes when the worker ended"),
+    "threads": (Status.VIOLATION, "the job's cgroup refused one more process or thread: limits.threads"),
+}
 #: What a child may say only if it ends cleanly: the ladders of these may end with a compile in the serving process.
 _BLAMES_US = frozenset({Status.SANDBOX_ERROR, Status.PROTOCOL_ERROR, Status.UNSERIALIZABLE})
 
@@ -79,6 +84,8 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
     if exited.refused:
         # With the job under way nobody can say whose fault it was: the safe answer is the job's.
         return Status.CRASHED if seen.forked else Status.SANDBOX_ERROR, printable(exited.refused), None
+    if exited.breach:
+        return *_BREACHES[exited.breach], None
     # A worker that did not exit after its reply was killed by us: that is not how it ended.
     by_us = seen.ordered and exited.signal == signal.SIGKILL and seen.reply is not None
     if exited.signal is not None and not by_us:

@@ -27,6 +27,13 @@ def become_nobody():
     # A change of user makes a process undumpable, and /proc/self root's; the exec of a forkserver undoes that.
     libc.prctl(libc.PR_SET_DUMPABLE, 1)
 
+def keeper_states(*arguments, **settings):
+    "What the keeper's part reaches, without the capabilities that its first child would need."
+    entered = prepare_keeper(*arguments, **settings)
+    if entered.own_user:
+        libc.drop_capabilities()
+    return entered.states
+
 def in_child(body):
     "Run body in a child. Returns the JSON of what body returns (null if it was killed) and the exit code."
     read, write = os.pipe()

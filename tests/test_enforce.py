@@ -18,7 +18,7 @@ from sandbox.errors import EnforcementError
 from sandbox.limits import Confinement
 from sandbox.results import Mechanism, State
 
-NAMESPACES = ("ipc_namespace", "mount_namespace", "network_namespace")
+NAMESPACES = ("ipc_namespace", "mount_namespace", "network_namespace", "pid_namespace")
 
 
 def test_memory_beyond_the_limit_fails_whatever_the_template_holds() -> None:
@@ -225,7 +225,7 @@ def keeper():
     if os.environ.get("AS_NOBODY"):
         become_nobody()
     begin = time.perf_counter()
-    reached = prepare_keeper(Confinement(), shm_bytes=1 << 20)
+    reached = keeper_states(Confinement(), shm_bytes=1 << 20)
     milliseconds = (time.perf_counter() - begin) * 1e3
     try:
         socket.create_connection(listener.getsockname(), timeout=5).close()
@@ -300,7 +300,7 @@ def test_the_watchdog_can_measure_a_confined_worker_of_another_namespace() -> No
         read, write = os.pipe()
         keeper = os.fork()
         if keeper == 0:
-            prepare_keeper(Confinement())
+            keeper_states(Confinement(pid_namespace="off"))
             me = os.getpid()
             if os.fork() == 0:
                 confine_worker(Confinement(), Limits(), me)
@@ -332,7 +332,7 @@ def test_each_refused_namespace_is_told_by_itself() -> None:
             unshare(flags)
         def job():
             libc.unshare = only_mounts_refused
-            reached = states(prepare_keeper(Confinement(network_namespace="off")))
+            reached = states(keeper_states(Confinement(network_namespace="off")))
             try:
                 prepare_keeper(Confinement(mount_namespace="require"))
                 raised = ""
@@ -358,7 +358,7 @@ def test_without_user_namespaces_everything_else_goes_on() -> None:
             # For real: the kernel gives no user namespace to a process of several threads.
             stop = threading.Event()
             threading.Thread(target=stop.wait, args=(60,), daemon=True).start()
-            reached = states(prepare_keeper(Confinement()))
+            reached = states(keeper_states(Confinement()))
             reached["network_works"] = bool(socket.create_server(("127.0.0.1", 0)).getsockname()[1])
             return reached
         print(json.dumps(in_child(job)[0]))
@@ -380,7 +380,7 @@ def test_a_user_namespace_of_which_nothing_comes() -> None:
         def job():
             if os.getuid() == 0:
                 become_nobody()
-            return states(prepare_keeper(Confinement()))
+            return states(keeper_states(Confinement()))
         print(json.dumps(in_child(job)[0]))
         """
     )
@@ -451,7 +451,7 @@ def test_reasons_are_plain() -> None:
 
 
 def test_nothing_wanted_nothing_done() -> None:
-    off = Confinement(ipc_namespace="off", mount_namespace="off", network_namespace="off")
+    off = Confinement(**dict.fromkeys(NAMESPACES, "off"))
     before = os.readlink("/proc/self/ns/user")
-    assert namespaces.enter(off) == dict.fromkeys(NAMESPACES, Mechanism(state=State.OFF))
+    assert namespaces.enter(off).states == dict.fromkeys(NAMESPACES, Mechanism(state=State.OFF))
     assert os.readlink("/proc/self/ns/user") == before

@@ -276,7 +276,7 @@ def test_memory_of_the_whole_tree_counts(light: sandbox.Sandbox) -> None:
 
     done = result(light, several, limits=Limits(memory_bytes=256 * MIB, wall_seconds=20.0))
     assert done.status is Status.MEMORY_LIMIT, done
-    assert done.usage.peak_memory_bytes > 256 * MIB
+    assert done.usage.peak_memory_bytes >= 256 * MIB
 
 
 @pytest.mark.usefixtures("nothing_left")

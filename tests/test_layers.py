@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
     errors explain limits memory processes results scratch enforce.libc enforce.paths
 
+    enforce.cgroups
     jobs                          # what is to be done
     artifacts ledger meter trackers   # files handed back; what is held; what is used
     origins reclaim
@@ -41,6 +42,7 @@ LAYERS = """
 
     callables
     child                         # the worker
+    init
     keeper verdict
     template
     forkserver                    # from here on: in the parent

@@ -1,10 +1,12 @@
 """Confinement of one job: what the kernel is asked for, and what was really reached.
 
     keeper   prepare_keeper: subreaper, namespaces, own /dev/shm
-      └─ worker   confine_worker: other user, no_new_privs, capabilities, Landlock, rlimits, seccomp
+      └─ its first child   namespaces.close_off: all but the scratch folder read-only, own /proc
+           └─ worker   confine_worker: other user, no_new_privs, capabilities, Landlock, rlimits, seccomp
 
-Both run in freshly forked processes with one thread; :func:`prepare_template` has found for them what is always the
-same. :func:`probe` tries the same in a process of its own.
+All run in freshly forked processes with one thread; :func:`prepare_template` has found for them what is always the
+same. The first child is the worker itself where the host gives no own process ids. :func:`probe` tries the same in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from sandbox.errors import EnforcementError
 from sandbox.limits import Confinement, Limits
 from sandbox.results import Enforcement, Mechanism, State
 
-__all__ = ["Place", "confine_worker", "prepare_keeper", "prepare_template", "probe"]
+__all__ = ["Place", "check", "confine_worker", "prepare_keeper", "prepare_template", "probe"]
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,19 @@ def prepare_template(environment: Mapping[str, str]) -> None:
     seccomp.prepare()
 
 
-def prepare_keeper(confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES) -> dict[str, Mechanism]:
-    """Confine what the keeper and its worker share. ``shm_bytes`` is the size of the job's own /dev/shm.
+def prepare_keeper(confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES) -> namespaces.Entered:
+    """Confine what the keeper shares with the job. ``shm_bytes`` is the size of the job's own /dev/shm.
 
-    Call it in the keeper before it forks the worker. States: process_tree, ipc_namespace, mount_namespace,
-    network_namespace.
+    Call it in the keeper before it forks its first child, which calls :func:`namespaces.close_off`. States:
+    process_tree and those of namespaces.
 
     Raises:
         EnforcementError: if a required mechanism is unavailable; the keeper may then be half confined: let it end.
     """
-    states = {"process_tree": privileges.adopt_orphans(confinement.process_tree)}
-    states |= namespaces.enter(confinement, shm_bytes)
-    _check(confinement, states)
-    return states
+    entered = namespaces.enter(confinement, shm_bytes)
+    entered.states["process_tree"] = privileges.adopt_orphans(confinement.process_tree)
+    check(confinement, entered.states)
+    return entered
 
 
 def confine_worker(
@@ -93,7 +95,7 @@ def confine_worker(
         "rlimits": rlimits.apply(confinement.rlimits, limits),
         "seccomp": seccomp.install(confinement.seccomp, gpu=gpu, report=place.report),
     }
-    _check(confinement, states)
+    check(confinement, states)
     return states
 
 
@@ -133,7 +135,8 @@ def probe(confinement: Confinement, timeout_seconds: float = 30.0) -> Enforcemen
         raise EnforcementError(f"the probe of this host failed: {error}") from None
 
 
-def _check(confinement: Confinement, states: dict[str, Mechanism]) -> None:
+def check(confinement: Confinement, states: dict[str, Mechanism]) -> None:
+    """Raises EnforcementError if one of ``states`` is unavailable although the policy requires it."""
     missing = [
         f"{name}: {mechanism.reason}"
         for name, mechanism in states.items()

@@ -10,12 +10,21 @@ from typing import Final
 CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWIPC: Final = 0x08000000
 CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNET: Final = 0x40000000
 
 MS_NOSUID: Final = 0x2
 MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
 MS_SLAVE: Final = 0x80000
+
+_SYS_MOUNT_SETATTR: Final = 442  # on every architecture
+_MNT_DETACH: Final = 0x2
+_AT_FDCWD: Final = -100
+_AT_RECURSIVE: Final = 0x8000
+_MOUNT_ATTR_RDONLY: Final = 0x1
 
 PR_SET_PDEATHSIG: Final = 1
 PR_GET_PDEATHSIG: Final = 2
@@ -82,6 +91,26 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
     """mount(2). Raises OSError."""
     encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
     _check(_libc.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]), f"mount({target})")
+
+
+def unmount(path: str) -> None:
+    """umount2(2), lazily. Raises OSError."""
+    _check(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount2({path})")
+
+
+def set_read_only(path: str, on: bool, recursive: bool = False) -> None:
+    """mount_setattr(2): whether a mount can be written through; with ``recursive`` also all that is mounted below.
+    Raises OSError; ENOSYS before Linux 5.12."""
+    attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY if on else 0, 0 if on else _MOUNT_ATTR_RDONLY, 0, 0)
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_MOUNT_SETATTR),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_uint(_AT_RECURSIVE if recursive else 0),
+        ctypes.byref(attributes),
+        ctypes.c_size_t(ctypes.sizeof(attributes)),
+    )
+    _check(result, f"mount_setattr({path})")
 
 
 def drop_capabilities() -> None:
