@@ -113,18 +113,18 @@ def send_frame(sock: socket.socket, envelope: BaseModel, payload: Buffer = b"", 
     while left:
         _wait(sock, select.POLLOUT, end)
         try:
-            # MSG_DONTWAIT: a blocking socket would otherwise sit in the kernel past the deadline.
-            sent = sock.sendmsg(left, [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            # MSG_DONTWAIT: a blocking socket would otherwise sit in the kernel past the deadline. Not `sendmsg`, which
+            # a job's filter forbids.
+            sent = sock.send(left[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             continue
         except (BrokenPipeError, ConnectionResetError):
             raise PeerClosed("the other end closed the connection before the frame was through") from None
         except OSError as error:
             raise WireError(f"cannot send: {error}") from error
-        while left and sent >= len(left[0]):
-            sent -= len(left.pop(0))
-        if sent:
-            left[0] = left[0][sent:]
+        left[0] = left[0][sent:]
+        if not left[0]:
+            del left[0]
 
 
 class FrameReader:

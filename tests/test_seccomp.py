@@ -92,6 +92,7 @@ def habits() -> dict[str, str]:
         "clone3": errno.errorcode[call(435, 0, 0)[1]],
         "limits": attempt(lambda: __import__("resource").prlimit(os.getppid(), 7, (1, 1))),
         "own limits": attempt(lambda: __import__("resource").prlimit(0, 7)),
+        "passing": attempt(lambda: socket.send_fds(socket.socketpair()[0], [b"x"], [0])),
     }
 
 
@@ -180,6 +181,7 @@ def test_what_is_habit_gets_an_error_and_the_job_goes_on(box: sandbox.Sandbox) -
         "clone3": "ENOSYS",
         "limits": "EPERM",
         "own limits": "done",
+        "passing": "EPERM",
     }
 
 
@@ -285,7 +287,7 @@ def test_the_tables_are_those_of_the_kernels_headers(column: int) -> None:
     refused = {name: numbers for name, (numbers, _) in seccomp._REFUSED.items()}
     refused |= {"memfd_create": seccomp._MEMFD[1], "socket": seccomp._SOCKET, "socketpair": seccomp._SOCKETPAIR}
     refused |= {"clone": seccomp._CLONE, "unshare": seccomp._UNSHARE, "prlimit64": seccomp._PRLIMIT}
-    refused |= {"prctl": seccomp._PRCTL}
+    refused |= {"prctl": seccomp._PRCTL} | seccomp._PASSING
     compared = 0
     for name, numbers in (seccomp._FORBIDDEN | refused).items():
         if name in real:

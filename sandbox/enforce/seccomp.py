@@ -80,6 +80,10 @@ _MEMFD: Final = ("memfd_create", (319, 279), errno.EPERM)
 #: Calls of which only some uses are forbidden: see `_with_arguments`.
 _SOCKET, _SOCKETPAIR, _CLONE, _UNSHARE, _PRLIMIT = (41, 198), (53, 199), (56, 220), (272, 97), (302, 261)
 _PRCTL = (157, 167)
+#: What descriptors can be sent by, and what a worker sends its listener by; refused after that. Those that are under
+#: way and never received count for the user, over all his processes: with enough of them the service could send none
+#: to the forkserver (ETOOMANYREFS), and no job would start.
+_PASSING: Final = {"sendmsg": (46, 211), "sendmmsg": (307, 269)}
 
 _AF_NETLINK: Final = 16
 #: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and NEWTIME, which in `clone` is another thing.
@@ -142,6 +146,15 @@ def program(column: int, audit: int, on_violation: int, gpu: bool) -> bytes:
     for number, error in refused.values():
         code += _when(number, [(_RETURN, 0, 0, _ERRNO | error)])
     code += _with_arguments(column, on_violation, gpu)
+    code.append((_RETURN, 0, 0, _ALLOW))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+def _passing(column: int) -> bytes:
+    """The second filter, for after the report."""
+    code = [(_LOAD, 0, 0, _NUMBER)]
+    for numbers in _PASSING.values():
+        code += _when(numbers[column], [(_RETURN, 0, 0, _ERRNO | errno.EPERM)])
     code.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
@@ -209,6 +222,7 @@ def install(demand: Demand, *, gpu: bool, report: int | None) -> Mechanism:
             if error.errno not in (errno.EBUSY, errno.EINVAL):
                 return Mechanism(state=State.UNAVAILABLE, reason=libc.reason(error))
             _load(here, program(here.column, here.audit, _KILL_PROCESS, gpu), 0)
+            _load(here, _passing(here.column), 0)
             why = "another filter has a listener" if error.errno == errno.EBUSY else "this kernel has no listener"
             return Mechanism(state=State.PARTIAL, reason=f"a violation is told without its name: {why}")
         try:
@@ -216,6 +230,7 @@ def install(demand: Demand, *, gpu: bool, report: int | None) -> Mechanism:
                 _send(report, listener)
         finally:
             os.close(listener)
+        _load(here, _passing(here.column), 0)
         return Mechanism(state=State.ENFORCED)
     except OSError as error:
         return Mechanism(state=State.UNAVAILABLE, reason=libc.reason(error))
