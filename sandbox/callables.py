@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ import dill
 from sandbox.errors import JobError
 from sandbox.jobs import CallableSpec, Job, digest, given, new_job_id
 from sandbox.limits import Confinement, Limits
+
+#: To find what a function refers to, dill has `dis` print it and takes sys.stdout away meanwhile: one at a time.
+_pickling = threading.Lock()
 
 
 def job(
@@ -30,7 +34,8 @@ def job(
         JobError: the function or its arguments cannot be pickled.
     """
     try:
-        payload = dill.dumps((function, args, kwargs), recurse=True)
+        with _pickling:
+            payload = dill.dumps((function, args, kwargs), recurse=True)
     except Exception as error:
         raise JobError(f"{function!r} cannot be sent to a child: {type(error).__name__}: {error}") from error
     spec = CallableSpec(

@@ -34,7 +34,8 @@ def safe_dumps(value: Any) -> bytes:
 
 def safe_loads(data: bytes, allowed: frozenset[str] = frozenset()) -> Any:
     """The value of a pickle of plain data: None, bool, int, float, complex, str, bytes, bytearray, list, tuple,
-    dict, OrderedDict, set, frozenset, range, slice; and instances of the classes in ``allowed``.
+    dict, OrderedDict, set, frozenset, range, slice; and instances of the classes in ``allowed``. The classes complex,
+    OrderedDict, range and slice, and those in ``allowed``, may also be values themselves: pickle writes their names.
 
     ``allowed`` holds names as `module:qualname`. They are looked up only in modules that are already imported,
     from class to class; anything but an ordinary class is refused, as are metaclasses.

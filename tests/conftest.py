@@ -18,7 +18,7 @@ import pytest
 import sandbox
 from sandbox import ledger
 from sandbox.limits import Limits
-from sandbox.policy import CapsuleSettings, ForkserverSettings, Policy
+from sandbox.policy import BreakerSettings, CapsuleSettings, ForkserverSettings, Policy
 
 HERE = Path(__file__).parent
 # The template imports `faultpoints` from here; it takes over this process's search path.
@@ -137,7 +137,8 @@ def light() -> Iterator[sandbox.Sandbox]:
 @pytest.fixture(scope="session")
 def faulty() -> Iterator[sandbox.Sandbox]:
     """A sandbox without torch whose policy allows faults."""
-    with sandbox.Sandbox(light_policy(allow_faults=True)) as one:
+    # Without a circuit breaker, which would keep later faults from ever reaching a child.
+    with sandbox.Sandbox(light_policy(allow_faults=True, breaker=BreakerSettings(failures=0))) as one:
         one.wait_ready()
         yield one
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from conftest import eventually, leaves_nothing, light_policy
 
 import sandbox
 from sandbox import faults
+from sandbox.cli import main
+from sandbox.cli.faults import Planned, judge, schedule
 from sandbox.errors import PolicyError, SandboxError
 from sandbox.faults.kinds import CHILD, LATE
 from sandbox.policy import load, shipped
@@ -239,3 +244,136 @@ def _alive(faulty: sandbox.Sandbox) -> Iterator[None]:
     """A test begins with a template that lives."""
     faulty.wait_ready()
     yield
+
+
+# In the tests of users.
+
+USERS_TEST = """
+import pytest
+import sandbox
+from sandbox.policy import ForkserverSettings, Policy
+
+@pytest.fixture(scope="module")
+def box():
+    policy = Policy(allow_faults={allowed}, forkserver=ForkserverSettings(import_torch=False))
+    with sandbox.Sandbox(policy) as box:
+        yield box
+
+def status(box):
+    return box.submit(sandbox.callable_job(lambda: 1)).result(60).status.value
+
+def test_a_crash(box, sandbox_faults):
+    injection = sandbox_faults("sigsegv", into=box, times=1)
+    assert [status(box), status(box)] == ["crashed", "ok"]
+    assert [str(shot) for shot in injection.given] == ["sigsegv at child.run"]
+    sandbox_faults("exit", into=box)
+
+def test_the_next_one_has_no_fault(box):
+    assert status(box) == "ok"
+"""
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_plug_in(tmp_path: Path, allowed: bool) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["sandbox.faults.pytest"]\n')
+    (tmp_path / "test_users.py").write_text(USERS_TEST.format(allowed=allowed))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True, text=True, timeout=100, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    if allowed:
+        assert "2 passed" in done.stdout, done.stdout
+    else:
+        assert "1 failed, 1 passed" in done.stdout and "allow_faults = false" in done.stdout, done.stdout
+    without = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True, text=True, timeout=100, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "fixture 'sandbox_faults' not found" in without.stdout, "it is loaded by itself"
+
+
+# The campaign.
+
+
+def campaign(*words: str, seconds: float = 110) -> tuple[dict[str, Any], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "sandbox", "faults", "--json", *words], capture_output=True, text=True, timeout=seconds
+    )
+    document = json.loads(done.stdout) if done.stdout else {}
+    assert done.returncode == (1 if document.get("problems") else 0 if document else 2), done.stderr
+    return document, done.stderr
+
+
+def test_a_campaign_with_jobs_without_torch_twice_with_the_same_seed() -> None:
+    words = ("--light", "--count", "60", "--seed", "5", "--hosts", "2")
+    first, second = campaign(*words)[0], campaign(*words)[0]
+    for document in (first, second):
+        assert ours(document["problems"]) == []
+        assert document["host_deaths"] == [] and document["worst_late_seconds"] < 1.0
+        assert sum(row["faults"] for row in document["table"].values()) == 60
+    assert first["table"] == second["table"]
+    assert first["digest"] == second["digest"]
+
+
+def ours(problems: list[str]) -> list[str]:
+    """Without what other programs of this machine have made in /dev/shm and SysV meanwhile, which a campaign tells."""
+    return [problem for problem in problems if not problem.startswith(("/dev/shm", "SysV"))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_campaign_with_real_compiles() -> None:
+    kinds = "sigsegv,sigkill,raise,exit,oom_sudden,garbled,duplicated,truncated,foreign,unserializable,enospc,leak_shm"
+    document = campaign("--count", "16", "--seed", "2", "--hosts", "1", "--kinds", kinds, seconds=290)[0]
+    assert ours(document["problems"]) == []
+    answers = [name for row in document["table"].values() for name in row["answers"]]
+    assert set(answers) == {"in_child", "eager"}
+    assert all(row["wrong"] == 0 for row in document["table"].values())
+
+
+def test_a_schedule_follows_from_the_seed() -> None:
+    one, again, other = (schedule(seed, 2000, tuple(faults.KINDS)) for seed in (1, 1, 2))
+    assert one == again != other
+    assert {shot[1] for shot in one} == set(faults.KINDS)
+    assert {shot[2] for shot in one} == set(faults.POINTS)
+
+
+def test_what_the_command_calls_a_problem() -> None:
+    shots: list[Planned] = [(n, "sigsegv", "child.run", 0, 1) for n in range(6)]
+    fine = {"statuses": ["crashed"], "steps": ["first"], "answer": "eager", "seconds": 1.0, "late": 0.9, "leaks": [],
+            "right": True, "error": "", "details": []}  # fmt: skip
+    answers = {0: fine, 1: {**fine, "late": 1.1}, 2: {**fine, "leaks": ["fd 7"]}, 3: {**fine, "right": False},
+               4: {**fine, "error": "OSError: x"}}  # fmt: skip
+    problems = judge(shots, answers)
+    assert len(problems) == 5
+    for number, words in (
+        (1, "past the deadline"),
+        (2, "holds fd 7"),
+        (3, "a wrong"),
+        (4, "OSError"),
+        (5, "no answer"),
+    ):
+        assert any(problem.startswith(f"fault {number},") and words in problem for problem in problems)
+
+
+def test_bad_input_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in ((["--kinds", "sigsegv,x"], "no kind of fault 'x'"), (["--count", "0"], "at least 1")):
+        with pytest.raises(SystemExit) as caught:
+            main(["faults", *words])
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+    assert main(["faults", "--list", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(faults.KINDS)
+
+
+@pytest.mark.timeout(250)
+def test_the_forkserver_is_killed_at_random_moments_and_every_job_is_answered() -> None:
+    """`sandbox faults --forkserver-kills 200 --light` does it 200 times, without --light with real compiles."""
+    document = campaign("--forkserver-kills", "60", "--light", seconds=240)[0]
+    assert ours(document["problems"]) == []
+    assert document["kills"] == 60 and document["restarts"] >= 50
+    assert document["jobs"] == sum(document["statuses"].values())
+    assert set(document["statuses"]) <= {"ok", "sandbox_error"}, "sandbox_error: it died three times under the job"
+    assert document["statuses"]["ok"] > document["jobs"] * 0.5

@@ -65,13 +65,13 @@ LAYERS = """
     inductor.install
     inductor.backend
     faults.injection              # in the parent
-    faults
+    faults faults.pytest           # and for the tests of users
 
     sandbox                       # the public API
 
     cli.output cli.models cli.bench_graphs
-    cli.program cli.policy cli.quarantine cli.check cli.bench_worker
-    cli.doctor cli.bench cli.run cli.demo cli.replay
+    cli.program cli.policy cli.quarantine cli.check cli.bench_worker cli.faults_host
+    cli.doctor cli.bench cli.run cli.demo cli.replay cli.faults
     cli
     __main__
 """

@@ -2,7 +2,7 @@
 
     __init__   the parser and `main`
     output     errors, JSON, tables: what all commands share
-    policy     doctor     quarantine     replay     run (program)     demo (models, check)
+    policy     doctor     quarantine     replay     run (program)     demo (models, check)     faults (faults_host)
     bench (bench_worker, bench_graphs)
 
 No module here imports torch at its top: `sandbox --help` and `sandbox policy` answer at once.
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from sandbox.cli import bench, demo, doctor, policy, quarantine, replay, run
+from sandbox.cli import bench, demo, doctor, faults, policy, quarantine, replay, run
 from sandbox.cli.output import user_errors
 
 _DESCRIPTION: Final = """\
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
     top.add_argument("--version", action="version", version=f"sandbox {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, run, doctor, policy, quarantine, replay, bench):
+    for module in (demo, run, doctor, policy, quarantine, replay, faults, bench):
         module.add(commands)
     return top
 
