@@ -225,9 +225,9 @@ class _Tree:
 
     def hear(self) -> None:
         """Init says how the worker ended. What else comes is a job's that has its descriptor, or init's end."""
-        message, _pid = init.receive(self.init)
+        message, sender = init.receive(self.init)
         status = message.get("status")
-        if self.status is None and isinstance(status, int) and 0 <= status < 1 << 16:
+        if sender == self.first and self.status is None and isinstance(status, int) and 0 <= status < 1 << 16:
             self.status = os.waitstatus_to_exitcode(status)
 
     def look(self) -> None:

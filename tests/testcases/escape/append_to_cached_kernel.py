@@ -1,6 +1,6 @@
 """Append to a kernel that already lies in the user's Inductor cache."""
 
-NEEDS = ("landlock", "read_only_mounts")
+NEEDS = ("landlock", "mount_namespace")
 
 
 def attempt(at):

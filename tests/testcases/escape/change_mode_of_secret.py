@@ -3,7 +3,7 @@
 import os
 import stat
 
-NEEDS = ("read_only_mounts",)
+NEEDS = ("mount_namespace",)
 
 
 def attempt(at):

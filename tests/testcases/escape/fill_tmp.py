@@ -2,7 +2,7 @@
 
 import os
 
-NEEDS = ("landlock", "read_only_mounts")
+NEEDS = ("landlock", "mount_namespace")
 LIMITS = {"memory_bytes": 96 << 20}
 
 

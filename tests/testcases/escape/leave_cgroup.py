@@ -2,7 +2,7 @@
 
 from escape_tools import cgroup_files
 
-NEEDS = ("landlock", "read_only_mounts")
+NEEDS = ("landlock", "mount_namespace")
 PRIVILEGED = True
 
 

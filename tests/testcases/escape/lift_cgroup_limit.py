@@ -4,7 +4,7 @@ import os
 
 from escape_tools import Absent, cgroup_files
 
-NEEDS = ("landlock", "read_only_mounts")
+NEEDS = ("landlock", "mount_namespace")
 PRIVILEGED = True
 
 

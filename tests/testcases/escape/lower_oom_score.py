@@ -1,6 +1,6 @@
 """Become a less likely victim of the out-of-memory killer than the service."""
 
-NEEDS = ("landlock",)
+NEEDS = ("landlock", "mount_namespace")
 
 
 def attempt(at):

@@ -1,6 +1,6 @@
 """Read a file in another job's folder."""
 
-NEEDS = ("landlock",)
+NEEDS = ("landlock", "mount_namespace")
 
 
 def attempt(at):

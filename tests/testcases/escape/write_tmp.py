@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-NEEDS = ("landlock", "read_only_mounts")
+NEEDS = ("landlock", "mount_namespace")
 
 
 def attempt(at):
