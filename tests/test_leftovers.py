@@ -20,6 +20,7 @@ from conftest import HERE, MARK, eventually, light_policy
 import sandbox
 from sandbox import artifacts, leftovers, processes, reclaim, scratch
 from sandbox.cli import main
+from sandbox.enforce import cgroups
 
 #: A host with one job under way that holds a semaphore, SysV memory, and a program that it has started.
 HOST = """
@@ -101,6 +102,7 @@ def crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crashed
         for pid in _live(Path(root)):
             os.kill(pid, signal.SIGKILL)
         semaphore.unlink(missing_ok=True)
+        cgroups.sweep(cgroups.group_names(Path(root)))
         scratch.remove(Path(root))
 
 
