@@ -130,8 +130,8 @@ def _shot(host: _Light | _Compiler, number: int, shot: Shot, times: int | None) 
     started = time.monotonic()
     error = ""
     right = True
-    if shot.point == "host" and (pid := host.box.forkserver_pid) is not None:
-        os.kill(pid, signal.SIGKILL)  # so that one is started in this state of the host
+    if shot.point == "host":
+        _kill(host)  # so that one is started in this state of the host
     with faults.inject(shot, into=host.box, times=times):
         try:
             right = host.run(number)
@@ -197,6 +197,18 @@ def _left(host: _Light | _Compiler, held: ledger.Snapshot) -> list[str]:
         time.sleep(0.02)
 
 
+def _kill(host: _Light | _Compiler) -> bool:
+    """Kill the forkserver; whether there was one."""
+    pid = host.box.forkserver_pid
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False  # it ended by itself, or the host's own thread was faster
+    return True
+
+
 def _killed(host: _Light | _Compiler, kills: int, seed: int, tell: Callable[[dict[str, Any]], None]) -> None:
     """Jobs without end while the forkserver is killed at random moments; every one must be answered, rightly."""
     chance = random.Random(seed)
@@ -222,7 +234,7 @@ def _killed(host: _Light | _Compiler, kills: int, seed: int, tell: Callable[[dic
     threads = [threading.Thread(target=jobs, args=(start,)) for start in starts]
     for thread in threads:
         thread.start()
-    span = 0.2 if isinstance(host, _Light) else 3.0
+    span = 0.4 if isinstance(host, _Light) else 3.0
     try:
         for number in range(kills):
             # Most when a forkserver is ready, idle or not; one in five while the next one starts.
@@ -230,9 +242,8 @@ def _killed(host: _Light | _Compiler, kills: int, seed: int, tell: Callable[[dic
                 with contextlib.suppress(ForkserverError):  # that one was killed while it started
                     host.box.wait_ready()
             time.sleep(chance.uniform(0.0, span))
-            while (pid := host.box.forkserver_pid) is None:
+            while not _kill(host):
                 time.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
             tell({"kill": number})
     finally:
         done.set()
