@@ -8,6 +8,7 @@ caller's work, and the kernel's "die with the parent" signal follows the *thread
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -40,6 +41,9 @@ MAX_LEAKS = 1000
 MIN_LIFE_SECONDS = 5.0
 #: What makes the injection points, in the template: by name, and only where the policy allows faults.
 _FAULTS = ("sandbox.faults.inside",)
+#: What a host may be short of when descriptors are sent, which is no fault of the template. ETOOMANYREFS: this user's
+#: processes have too many descriptors under way.
+_SHORTAGES = (errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _START = "import sys; sys.path[:] = {path!r}; from sandbox.template import main; main({fd})"
 
 
@@ -243,7 +247,12 @@ class Forkserver:
             problem = ""
             try:
                 control.settimeout(seconds)
-                socket.send_fds(control, [json.dumps(request).encode()], list(fds))
+                try:
+                    socket.send_fds(control, [json.dumps(request).encode()], list(fds))
+                except OSError as error:
+                    if error.errno in _SHORTAGES:
+                        raise ForkserverError(f"the fork cannot be asked for: {error}") from None
+                    raise
                 answer = json.loads(control.recv(MAX_MESSAGE) or b"null")
                 if isinstance(answer, dict):
                     self.strays += int(answer.get("strays", 0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -123,6 +125,21 @@ def test_a_forkserver_that_dies_is_replaced_and_the_job_answered(number: signal.
         assert one.forkserver_pid != before
         assert one.stats().forkserver_restarts >= 1
         assert eventually(lambda: not psutil.pid_exists(before))
+
+
+def test_a_shortage_of_the_host_does_not_end_the_forkserver(
+    light: sandbox.Sandbox, nothing_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = socket.send_fds, [OSError(errno.ETOOMANYREFS, "Too many references")]
+
+    def short(*arguments: object) -> object:
+        if left:
+            raise left.pop()
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "send_fds", short)
+    result = light.submit(sandbox.callable_job(double, 21)).result(30)
+    assert result.value == 42 and not left
 
 
 def test_a_forkserver_that_cannot_start_says_why() -> None:
