@@ -231,7 +231,8 @@ def test_the_service_gets_an_answer_whatever_happens_in_the_child(
     torch._dynamo.reset()
     with torch.no_grad():
         close(torch.compile(lambda x: model(x) * number)(x), model(x) * number)
-    assert counted("children_started") == children + (0 if killed else 1)
+    # The injected one ran under a lower memory limit than it has now, and a larger one is another chance.
+    assert counted("children_started") == children + (0 if killed and fault != "oom_slow" else 1)
 
 
 def test_a_training_step_that_falls_back_to_eager_has_the_same_gradients(scheme: Scheme, counted: Counted) -> None:
