@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from sandbox.errors import WireError
 from sandbox.explain import explain
@@ -15,6 +15,9 @@ from sandbox.jobs import JobId
 from sandbox.results import Artifact, Enforcement, Failure, Leak, Status
 
 MAX_DETAIL: Final = 64 << 10
+#: Faults of one envelope that are listed, a count at most: four megabytes hold a million, and to list them would keep
+#: the parent busy for half a minute, with all its threads waiting. For the same reason a list fails at its first one.
+MAX_FAULTS: Final = 100
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 #: What a child may say of itself. `timeout`, `cpu_limit` and `cancelled` are the parent's to say; `crashed` is for a
@@ -30,9 +33,9 @@ def _claimable(status: Status) -> Status:
 
 # strict=False on the outside only: our own code may hand over a status's value or a list, JSON is the same either way.
 ChildStatus = Annotated[Status, Field(strict=False), AfterValidator(_claimable)]
-Leaks = Annotated[tuple[Leak, ...], Field(strict=False, max_length=10_000)]
-Origins = Annotated[dict[str, tuple[str, ...]], Field(max_length=1000)]
-Artifacts = Annotated[tuple[Artifact, ...], Field(strict=False, max_length=100_000)]
+Leaks = Annotated[tuple[Leak, ...], FailFast(), Field(strict=False, max_length=10_000)]
+Origins = Annotated[dict[str, Annotated[tuple[str, ...], FailFast()]], Field(max_length=1000)]
+Artifacts = Annotated[tuple[Artifact, ...], FailFast(), Field(strict=False, max_length=100_000)]
 
 
 class _Envelope(BaseModel):
@@ -92,7 +95,7 @@ class Exited(_Envelope):
     """User and system CPU time of the tree, in seconds."""
     breach: Literal["", "memory", "processes", "threads"] = ""
     """What of [limits] the kernel stopped the job at, through its cgroup; `processes`: so many were left at its end."""
-    peak_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    peak_memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Most memory that the job's cgroup held, in bytes; 0 if it has none, or the kernel does not tell."""
     leaks: Leaks = ()
     """What the job left behind."""
@@ -138,6 +141,8 @@ def parse_envelope(data: bytes, *allowed: type[Model]) -> Model:
 
 
 def _first_line(error: ValidationError, kind: str = "envelope") -> str:
+    if error.error_count() > MAX_FAULTS:
+        return f"{kind}: {error.error_count()} faults"
     lines = explain(kind, error).splitlines()
     return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
 

@@ -16,6 +16,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import tempfile
 import traceback
 from pathlib import Path
@@ -311,12 +312,14 @@ def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:
     tree.pids |= {process.pid for process in left}
     tree.left = len(left)
     tree.look()
-    leaks = _temporary(tree) if tree.entered.own_pids and tree.has("mount_namespace") else []
     # Whom the parent has ordered to be killed has left nothing behind.
-    leaks += [] if tree.ordered else _survivors(left)
+    leaks = [] if tree.ordered else _survivors(left)
     if tree.group is not None:
         tree.group.kill()
     if tree.entered.own_pids:
+        # All but init, whose root is then as the job has left it: nobody changes it while it is read.
+        kill_tree(tree.first, deadline_seconds=KILL_SECONDS)
+        leaks += _temporary(tree) if tree.has("mount_namespace") else []
         with contextlib.suppress(ProcessLookupError):
             os.kill(tree.first, signal.SIGKILL)  # the kernel kills all that it is init of
     kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
@@ -364,9 +367,13 @@ def _temporary(tree: _Tree) -> list[Leak]:
             own = os.stat(root + place).st_dev
         except OSError:
             continue  # no such folder, or init has ended before us
-        for folder, folders, files in os.walk(root + place):
-            # What is mounted in there (code, the scratch folder) is not the job's temporary file.
-            folders[:] = [name for name in folders if os.lstat(f"{folder}/{name}").st_dev == own]
-            found += [f"{folder}/{name}" for name in files if os.lstat(f"{folder}/{name}").st_dev == own]
+        queue = [root + place]
+        while queue:
+            with contextlib.suppress(OSError), os.scandir(queue.pop()) as entries:  # too deep for a path
+                for entry in entries:
+                    info = entry.stat(follow_symlinks=False)
+                    # What is mounted in there (code, the scratch folder) is not the job's temporary file.
+                    if info.st_dev == own:
+                        (queue if stat.S_ISDIR(info.st_mode) else found).append(entry.path)
     texts = (printable(path.removeprefix(root), ledger.MAX_TEXT) for path in sorted(found)[: child.MAX_LEAKS])
     return [Leak(kind="temp_file", object=text, owner="child", reclaimed=True) for text in texts]

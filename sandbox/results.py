@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
 
 
 class _Model(BaseModel):
@@ -108,7 +108,7 @@ class Leak(_Model):
     owner: Literal["child", "forkserver", "parent"]
     reclaimed: bool
     """Whether it was removed, or has ended with its process. Leaks of the host process are told, never touched."""
-    stack: tuple[str, ...] = ()
+    stack: Annotated[tuple[str, ...], FailFast()] = ()
     """For a thread: where it is. For others, with the policy's `trace_leaks`: where it was made. As `file:line
     function`, outermost first, at most 16 frames; empty if not known."""
 
@@ -168,7 +168,7 @@ class Artifact(_Model):
     """Relative to the job's artifact folder. `inductor/` and `triton/` hold kernels, each in a folder named by a hash;
     Inductor's folders of pickled state (`fxgraph`, `aotautograd`, `dynamo`) are not to be had. `debug/` holds what
     `TORCH_COMPILE_DEBUG` writes."""
-    size: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=0, lt=1 << 63)]
     """Bytes."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

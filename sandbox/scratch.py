@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -78,19 +79,45 @@ def abandoned(folder: Path) -> Iterator[bool]:
     """Whether ``folder`` is a :class:`LockedFolder` of this user that nobody holds. In the block nobody else takes it,
     and what was abandoned stays so."""
     try:
-        held = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        held = _open_lock(folder)
     except OSError:
         yield False  # none of ours, gone, being made just now, or of another user
         return
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(held).st_uid == os.geteuid()
+            taken = True
         except BlockingIOError:
             taken = False  # its process lives
         yield taken
     finally:
         os.close(held)
+
+
+def _open_lock(folder: Path) -> int:
+    """The lock in a folder of this user's. Everybody can put a name beside it in a shared temporary folder: a link to
+    a folder of ours that is something else, or a lock with a lease on it, which an open without O_NONBLOCK waits for.
+
+    Raises:
+        OSError: there is none, or folder or lock are another user's, or a link.
+    """
+    opened = os.open(folder, _DIRECTORY)
+    try:
+        _check_ours(opened)
+        held = os.open(_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=opened)
+    finally:
+        os.close(opened)
+    try:
+        _check_ours(held)
+    except OSError:
+        os.close(held)
+        raise
+    return held
+
+
+def _check_ours(handle: int) -> None:
+    if os.fstat(handle).st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "another user's")
 
 
 def remove(folder: Path) -> tuple[str, ...]:
@@ -112,13 +139,14 @@ def remove(folder: Path) -> tuple[str, ...]:
             os.unlink(folder)
         return tuple(left)
     try:
-        moved = 0
+        # A job could have taken a name that it knows, and nothing could be moved.
+        prefix, moved = f".moved-{uuid.uuid4().hex}-", 0
         progress = True
         while progress:
             progress = False
             left.clear()
             for name in os.listdir(root):
-                is_folder, moved = _empty(root, name, moved, left)
+                is_folder, moved = _empty(root, name, prefix, moved, left)
                 with _told(left, f"{folder}/{name}"):
                     (os.rmdir if is_folder else os.unlink)(name, dir_fd=root)
                     progress = True
@@ -129,8 +157,8 @@ def remove(folder: Path) -> tuple[str, ...]:
     return tuple(left[:_MAX_LEFT])
 
 
-def _empty(root: int, name: str, moved: int, left: list[str]) -> tuple[bool, int]:
-    """If ``name`` in ``root`` is a folder, unlink its files and move its folders up into ``root``."""
+def _empty(root: int, name: str, prefix: str, moved: int, left: list[str]) -> tuple[bool, int]:
+    """If ``name`` in ``root`` is a folder, unlink its files and move its folders up into ``root``, under new names."""
     try:
         inner = os.open(name, _DIRECTORY, dir_fd=root)
     except PermissionError:
@@ -153,7 +181,7 @@ def _empty(root: int, name: str, moved: int, left: list[str]) -> tuple[bool, int
                     # Moving a folder writes to it: to its entry for the parent.
                     with contextlib.suppress(PermissionError):
                         os.chmod(entry, 0o700, dir_fd=inner)
-                    os.rename(entry, f".moved-{moved}", src_dir_fd=inner, dst_dir_fd=root)
+                    os.rename(entry, f"{prefix}{moved}", src_dir_fd=inner, dst_dir_fd=root)
                     moved += 1
     finally:
         os.close(inner)

@@ -14,8 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import eventually, family, held
+from pydantic import ValidationError
 
 import sandbox
+from sandbox.envelopes import MAX_FAULTS, Reply, parse_envelope
+from sandbox.errors import WireError
 from sandbox.limits import MIB, Confinement, Limits
 from sandbox.results import JobResult, Status
 
@@ -296,3 +299,80 @@ def test_struct_is_what_the_wire_uses() -> None:
     from sandbox.wire import _HEADER, MAGIC
 
     assert (_HEADER.size, MAGIC) == (struct.calcsize("!4sIQ32s"), b"SBX1")
+
+
+def test_a_reply_with_numbers_that_cannot_be_printed(light: sandbox.Sandbox) -> None:
+    """Their sum has more digits than Python turns into text. It is the job's failure, not one of the sandbox, after
+    which a policy may compile in the service."""
+    result = attack(
+        light,
+        """
+        item = {"path": "inductor/aa/k.so", "size": 7, "sha256": "0" * 64}
+        head = json.dumps({"kind": "reply", "job_id": job_id, "status": "ok", "artifacts": [item, item]}).encode()
+        head = head.replace(b'"size": 7', b'"size": ' + b"9" * 4300)
+        os.write(s, struct.pack("!4sIQ32s", b"SBX1", len(head), 0, hashlib.sha256(head).digest()) + head)
+        os._exit(0)
+        """,
+    )
+    assert result.status is Status.PROTOCOL_ERROR
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"origins": {"a": [' + ",".join(["1"] * 1_000_000) + "]}",
+        '"artifacts": [' + ",".join(["{}"] * 100_000) + "]",
+        '"leaks": [' + ",".join(["{}"] * 10_000) + "]",
+        ",".join(f'"{number:x}": 0' for number in range(300_000)),
+    ],
+    ids=["origins", "artifacts", "leaks", "keys"],
+)
+def test_an_envelope_of_nothing_but_faults_is_refused_in_one_line(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To list a million of them would take half a minute, in which no thread of the service runs."""
+    listed = []
+
+    def count(what: str, error: ValidationError) -> str:
+        listed.append(error.error_count())
+        return what
+
+    monkeypatch.setattr("sandbox.envelopes.explain", count)
+    head = f'{{"kind": "reply", "job_id": "job-0123456789ab", "status": "ok", {text}}}'.encode()
+    with pytest.raises(WireError, match="reply"):
+        parse_envelope(head, Reply)
+    assert sum(listed) <= MAX_FAULTS
+
+
+@pytest.mark.parametrize("last", ["answer = 42", "os.write(s, fine); ctypes.CDLL(None).ptrace(0, 0, 0, 0)"])
+def test_temporary_folders_that_change_and_are_deep_hide_nothing(light: sandbox.Sandbox, last: str) -> None:
+    """The keeper that lists them once failed on it, and told of no survivor and of no forbidden call."""
+    result = attack(
+        light,
+        f"""
+        import ctypes, pickle, shutil
+        fine = frame({{"kind": "reply", "job_id": job_id, "status": "ok"}}, pickle.dumps(42, 5))
+        here = os.getcwd()
+        os.chdir("/tmp")
+        for _ in range(1500):
+            os.mkdir("d"); os.chdir("d")
+        ready, told = os.pipe()
+        for number in range(4):
+            if orphan():
+                while True:
+                    os.makedirs(f"/tmp/{{number}}/a", exist_ok=True)
+                    os.write(told, b".")
+                    os.rename(f"/tmp/{{number}}", f"/tmp/x{{number}}")
+                    shutil.rmtree(f"/tmp/x{{number}}")
+        os.read(ready, 4)
+        os.chdir(here)
+        {last}
+        """,
+        Confinement(landlock="off"),
+    )
+    states = result.enforcement.states()
+    if states["mount_namespace"] != "enforced" or states["pid_namespace"] != "enforced":
+        pytest.skip(f"no temporary folders of its own here: {result.enforcement.mechanisms['mount_namespace'].reason}")
+    if last == "answer = 42":
+        assert result.ok and result.exit_code == 0, result
+        assert result.leaks.counts()["orphan"] == 4
+    elif states["seccomp"] == "enforced":
+        assert result.status is Status.VIOLATION, result

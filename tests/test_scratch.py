@@ -7,9 +7,13 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
-from sandbox import leftovers, scratch
+import pytest
+
+from sandbox import leftovers, reclaim, scratch
+from sandbox.enforce import cgroups
 
 
 def test_removal_of_a_tree_deeper_than_any_recursion(tmp_path: Path) -> None:
@@ -79,3 +83,49 @@ def test_roots_of_the_dead_are_swept_and_those_of_the_living_kept() -> None:
         assert root.remove() == () and root.remove() == ()
         assert not root.path.exists()
     stranger.rmdir()
+
+
+def test_removal_of_folders_that_have_the_name_of_a_moved_one(tmp_path: Path) -> None:
+    """A folder in the way under a name that is known beforehand once kept all that lay deeper."""
+    folder = tmp_path / "job"
+    for number in range(3):
+        (folder / f".moved-{number}" / "x" / "y").mkdir(parents=True)
+    (folder / "a" / "b" / "c").mkdir(parents=True)
+    assert scratch.remove(folder) == ()
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_what_another_user_has_put_among_the_roots_is_not_taken_for_one(tmp_path: Path) -> None:
+    """Its lock would be waited for, 45 s, where there is a lease on it; a link may lead to a folder of ours."""
+    for above in (tmp_path, *tmp_path.parents):
+        if above.stat().st_uid == os.geteuid() and not above.stat().st_mode & 0o001:
+            above.chmod(above.stat().st_mode | 0o011)
+    tmp_path.chmod(0o1777)
+    ours = tmp_path / "something else"
+    ours.mkdir()
+    (ours / "lock").touch()
+    (ours / f"data{reclaim.RECORD_SUFFIX}").write_text("{}")
+    program = f"""
+        import fcntl, os, signal, sys
+        os.setgid(65534); os.setuid(65534)
+        os.chdir({str(tmp_path)!r})
+        os.symlink("something else", "sandbox-0-*")
+        os.mkdir("sandbox-0-aaaaaaaa")
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        lock = os.open("sandbox-0-aaaaaaaa/lock", os.O_RDWR | os.O_CREAT)
+        fcntl.fcntl(lock, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        print("ready", flush=True)
+        sys.stdin.read()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        for name in ("sandbox-0-*", "sandbox-0-aaaaaaaa"):
+            begin = time.monotonic()
+            with scratch.abandoned(tmp_path / name) as taken:
+                assert not taken
+            assert time.monotonic() - begin < 10
+        assert cgroups.group_names(tmp_path / "sandbox-0-*") == "sandbox-0-[*].*"
+        other.communicate()

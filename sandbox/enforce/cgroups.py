@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import signal
 import time
@@ -211,7 +212,7 @@ def sweep(names: str, parent: str = "") -> int:
 
 def group_names(root: Path) -> str:
     """A pattern for the cgroups of all jobs of a scratch root."""
-    return f"{root.name}.*"
+    return f"{glob.escape(root.name)}.*"
 
 
 def group_name(scratch: Path) -> str:
