@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from conftest import eventually, leaves_nothing, light_policy
 
 import sandbox
-from sandbox import faults
+from sandbox import faults, monitor
 from sandbox.cli import main
 from sandbox.cli.faults import Planned, judge, schedule
 from sandbox.errors import PolicyError, SandboxError
@@ -39,7 +41,8 @@ EXPECTED = {
         ["leak_semaphore", "leak_shm", "leak_fd", "orphan", "tracker_death", "second_thread", "delayed", "clock_jump"],
         "ok",
     ),
-    **dict.fromkeys(["closed_stdio", "sigchld_reaper", "sigchld_ignored", "read_only_tmp"], "ok"),
+    **dict.fromkeys(["closed_stdio", "sigchld_reaper", "sigchld_ignored"], "ok"),
+    "read_only_tmp": "sandbox_error",
     "fd_limit": None,  # `ok` or `sandbox_error`: how many descriptors are left depends on the seed
 }
 
@@ -140,6 +143,30 @@ def test_the_other_frames(faulty: sandbox.Sandbox, kind: str, point: str) -> Non
     assert result.value == (42 if result.ok else None)
     assert result.status not in (Status.COMPILE_ERROR, Status.UNSERIALIZABLE)
     assert result.usage.wall_seconds < 30
+
+
+def test_jobs_side_by_side_leave_the_host_as_it_was(faulty: sandbox.Sandbox) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE), time.time, monitor.time
+    for kind in ("fd_limit", "clock_jump", "clock_skip"):
+        with faults.inject(kind, "parent.run", into=faulty):
+            jobs = [faulty.submit(sandbox.callable_job(work)) for _ in range(6)]
+            for job in jobs:
+                job.result(timeout=60)
+        assert eventually(lambda: (resource.getrlimit(resource.RLIMIT_NOFILE), time.time, monitor.time) == before), kind
+    assert ends(faulty).ok
+
+
+def test_what_a_leaking_job_leaves_is_told(faulty: sandbox.Sandbox) -> None:
+    for kind, left in (
+        ("leak_semaphore", {"posix_semaphore", "sysv_semaphore"}),
+        ("leak_shm", {"shared_memory"}),
+        ("leak_fd", {"fd"}),
+        ("orphan", {"orphan"}),
+        ("tracker_death", {"tracked_resource"}),
+    ):
+        with faults.inject(kind, into=faulty, times=1):
+            found = set(ends(faulty).leaks.counts())
+        assert left & found, (kind, found)
 
 
 # Who may arm a fault.
@@ -341,19 +368,20 @@ def test_a_schedule_follows_from_the_seed() -> None:
 
 
 def test_what_the_command_calls_a_problem() -> None:
-    shots: list[Planned] = [(n, "sigsegv", "child.run", 0, 1) for n in range(6)]
+    shots: list[Planned] = [(n, "sigsegv", "child.run", 0, 1) for n in range(7)]
     fine = {"statuses": ["crashed"], "steps": ["first"], "answer": "eager", "seconds": 1.0, "late": 0.9, "leaks": [],
-            "right": True, "error": "", "details": []}  # fmt: skip
+            "given": 1, "right": True, "error": "", "details": []}  # fmt: skip
     answers = {0: fine, 1: {**fine, "late": 1.1}, 2: {**fine, "leaks": ["fd 7"]}, 3: {**fine, "right": False},
-               4: {**fine, "error": "OSError: x"}}  # fmt: skip
+               4: {**fine, "error": "OSError: x"}, 6: {**fine, "given": 0}}  # fmt: skip
     problems = judge(shots, answers)
-    assert len(problems) == 5
+    assert len(problems) == 6
     for number, words in (
         (1, "past the deadline"),
         (2, "holds fd 7"),
         (3, "a wrong"),
         (4, "OSError"),
         (5, "no answer"),
+        (6, "no job had it"),
     ):
         assert any(problem.startswith(f"fault {number},") and words in problem for problem in problems)
 

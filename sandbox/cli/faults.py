@@ -308,6 +308,8 @@ def judge(shots: list[Planned], answers: dict[int, dict[str, Any]]) -> list[str]
         if answer is None:
             problems.append(f"{what}: no answer")
             continue
+        if not answer["given"]:
+            problems.append(f"{what}: no job had it")
         if not answer["right"]:
             problems.append(f"{what}: a wrong result")
         if answer["leaks"]:

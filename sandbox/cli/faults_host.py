@@ -130,9 +130,9 @@ def _shot(host: _Light | _Compiler, number: int, shot: Shot, times: int | None) 
     started = time.monotonic()
     error = ""
     right = True
-    if shot.point == "host":
-        _kill(host)  # so that one is started in this state of the host
-    with faults.inject(shot, into=host.box, times=times):
+    with faults.inject(shot, into=host.box, times=times) as injection:
+        if shot.point == "host":
+            _kill(host)  # so that one is started in this state of the host
         try:
             right = host.run(number)
         except Exception as raised:  # noqa: BLE001 - what the caller of a compile would have got is a row of the table
@@ -151,6 +151,7 @@ def _shot(host: _Light | _Compiler, number: int, shot: Shot, times: int | None) 
         "late": max(late, default=0.0),
         "leaks": left,
         "right": right,
+        "given": len(injection.given) if rows else 0,
         "error": error,
         "details": [row.detail[:200] for row in rows],
     }

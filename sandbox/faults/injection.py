@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sandbox import artifacts, executor, monitor, scratch
@@ -163,6 +164,9 @@ def _installed() -> Sandbox:
 # In the parent: which fault the job of this thread has, and the points.
 
 _lock = threading.Lock()
+#: Clocks and limits are the whole process's: of two jobs that change one at a time, the first would put back what the
+#: second still needs, and the second what the first had set.
+_one_state = threading.Lock()
 _armed: list[Injection] = []
 _replaced: list[tuple[Any, str, Any]] = []
 _job = threading.local()
@@ -266,7 +270,8 @@ def _around(shot: Shot) -> Iterator[None]:
     """What lasts as long as the job, in the host."""
     chance = random.Random(shot.seed)
     with contextlib.ExitStack() as stack:
-        if shot.point == "parent.run":
+        if shot.point == "parent.run" and shot.kind != "raise":
+            stack.enter_context(_one_state)
             if shot.kind == "clock_jump":
                 stack.enter_context(_wall_clock(chance.choice((-1, 1)) * 86_400.0))
             elif shot.kind == "clock_skip":
@@ -365,12 +370,19 @@ def _sigchld(handler: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _read_only_tmp() -> Iterator[None]:
-    """/proc/self is a folder in which nobody, root neither, can make a file."""
-    before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
+    """Nothing can be made in the temporary folder, nor in the root that the sandbox has there already. /proc/self is a
+    folder in which nobody, root neither, can make a file."""
+
+    def refused(*_: object) -> Path:
+        raise OSError(errno.EROFS, f"{os.strerror(errno.EROFS)} (injected)")
+
+    before, variable, folder = tempfile.tempdir, os.environ.get("TMPDIR"), scratch.Root.folder
+    setattr(scratch.Root, "folder", refused)  # noqa: B010
     tempfile.tempdir = os.environ["TMPDIR"] = "/proc/self"
     try:
         yield
     finally:
+        setattr(scratch.Root, "folder", folder)  # noqa: B010
         tempfile.tempdir = before
         os.environ.pop("TMPDIR")
         if variable is not None:
