@@ -205,8 +205,9 @@ class _Run:
         while not self.done.wait(0.2):
             try:
                 health, ended = self.get("/health"), sum(self.get("/metrics")["outcomes"].values())
-            except OSError as error:
+            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
                 self.problem(f"/health or /metrics: {error!r}")
+                self.enough = True  # the run has failed; from a server that is dead, no more children are to be had
                 continue
             if self.coming and health["waiting"] < AHEAD and health["ready"] + AHEAD >= len(self.lengths):
                 with self.lock:
@@ -249,19 +250,30 @@ class _Run:
             if response.status != 200:
                 self.problem(f"length {length}: status {response.status}: {body[:200]!r}")
                 continue
-            answer = json.loads(body)
             with torch.inference_mode():
                 expected = self.model(as_tensor(text.encode()))[0]
-            if not torch.allclose(torch.tensor(answer["scores"]), expected, rtol=1e-4, atol=1e-5):
-                self.problem(f"length {length}: {answer} is wrong, {expected.tolist()} is right")
+            if wrong := differs(body, expected):
+                self.problem(f"length {length}: {body[:500]!r} is wrong ({wrong}), {expected.tolist()} is right")
+                continue
             with self.lock:
                 self.outcome.latencies.append(elapsed)
-                self.outcome.compiled += answer["compiled"]
+                self.outcome.compiled += json.loads(body)["compiled"]
         connection.close()
 
     def problem(self, text: str) -> None:
         with self.lock:
             self.outcome.problems.append(text)
+
+
+def differs(body: bytes, expected: torch.Tensor) -> str:
+    """What is wrong with an answer, or "". One that is no answer at all must not end the client that got it."""
+    try:
+        answer = json.loads(body)
+        scores, _ = torch.tensor(answer["scores"]), int(answer["compiled"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        return repr(error)
+    close = scores.shape == expected.shape and torch.allclose(scores, expected, rtol=1e-4, atol=1e-5)
+    return "" if close else "other scores"
 
 
 def measure(load: Load) -> Outcome:
