@@ -79,7 +79,8 @@ def adopt(
     Raises:
         ArtifactsTooLarge: more than `artifact_bytes`.
         WireError: a file is missing, a link, a hard link, not a regular file, of another owner, of another size or
-            digest, or outside the folder. Nothing appears in the cache then.
+            digest, outside the folder, or has the name of a folder of the cache, or of a file for one of its own.
+            Nothing appears in the cache then.
         OSError: the cache cannot be written.
     """
     total = sum(artifact.size for artifact in artifacts)
@@ -97,7 +98,13 @@ def adopt(
             target = targets[kind] / rest
             if target.is_file():
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
+            # The job chooses the names below `debug`: one that cannot be made is its fault, not ours.
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise WireError(f"artifact {artifact.path!r}: a file is where its folder would be") from None
+            if target.is_dir():
+                raise WireError(f"artifact {artifact.path!r}: a folder has its name")
             if kind not in making:
                 making[kind] = LockedFolder(targets[kind], MAKING)
             copy = _copy(artifact, source, making[kind].path / str(len(copies)), owner)

@@ -76,8 +76,17 @@ def test_what_stands_in_the_way_of_a_file(job: Path, cache: dict[str, Path]) -> 
     assert target.read_text() == "a kernel" and not target.is_symlink()
     target.unlink()
     target.mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(WireError, match="a folder has its name"):
         artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
+
+
+def test_a_name_that_stands_in_the_way_of_another_is_the_jobs_fault(job: Path, tmp_path: Path) -> None:
+    """As an error of the cache it would count for the circuit breaker, which would then open for all."""
+    (tmp_path / "a").write_text("of an earlier job")
+    for name in ("a/b", "a/b/c"):
+        artifact = Artifact(path=f"debug/{name}", size=0, sha256="0" * 64)
+        with pytest.raises(WireError, match="a file is where its folder would be"):
+            artifacts.adopt((artifact,), job, {"debug": tmp_path}, Limits())
 
 
 def _symlink(job: Path) -> None:
