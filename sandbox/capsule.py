@@ -107,10 +107,13 @@ class Capsule:
         """The job to run again: confined as ``policy`` says, with the recorded limits or the policy's, whichever is
         less, with the recorded variables that the policy lets through, and with an id of its own."""
         recorded, allowed = self.spec.limits.model_dump(), policy.limits.model_dump()
+        least = {name: min(recorded[name], allowed[name]) for name in allowed}
+        if not least["cores"]:  # 0 means no limit
+            least["cores"] = max(recorded["cores"], allowed["cores"])
         environment = policy.allowed(self.spec.environment)
         changes: dict[str, object] = {
             "job_id": new_job_id(),
-            "limits": Limits(**{name: min(recorded[name], allowed[name]) for name in allowed}),
+            "limits": Limits(**least),
             "confinement": policy.confinement,
             "environment": {name: value for name, value in environment.items() if value != REMOVED},
             "gpu": self.spec.gpu and policy.gpu,

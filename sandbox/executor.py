@@ -58,6 +58,7 @@ class Sandbox:
         Raises:
             PolicyError: the policy is wrong.
             EnforcementError: the user of `confinement.run_as` cannot be had.
+            ForkserverError: the temporary folder cannot be written.
         """
         self.policy = load(policy)
         self.recorder = Recorder()

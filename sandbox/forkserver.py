@@ -86,8 +86,13 @@ class Forkserver:
         """``environment``: what the template may see, already reduced to the policy's allow-list."""
         self._policy = policy
         self._environment = environment
-        leftovers.sweep()
-        self.root = Root()
+        try:
+            leftovers.sweep()
+            self.root = Root()
+        except OSError as error:
+            raise ForkserverError(
+                f"the temporary folder cannot be written: {error}; set TMPDIR to a folder that can"
+            ) from None
         self._change = threading.Condition(threading.RLock())
         self._fork_lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None

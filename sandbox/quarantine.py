@@ -135,8 +135,9 @@ class Quarantine:
         graph: str = "",
         detail: str = "",
         made_for: Mapping[str, str] | None = None,
+        kills: int = 1,
     ) -> Entry:
-        """Remember that a child of ``digest`` ended with ``status``; returns the new entry.
+        """Remember that ``kills`` children of ``digest`` ended, the last one with ``status``; returns the new entry.
 
         Raises:
             ValueError: ``status`` is not one of `KILLERS`, or the digest is empty.
@@ -149,7 +150,7 @@ class Quarantine:
                 job_id=job_id,
                 since=before.since if before else time,
                 time=time,
-                kills=before.kills + 1 if before else 1,
+                kills=(before.kills if before else 0) + kills,
                 graph=printable(graph, 256),
                 detail=printable(detail)[:2000],
                 made_for=dict(made_for or {}),

@@ -412,7 +412,7 @@ def test_a_capsule_cannot_ask_for_more_than_the_policy_gives(copied: Path) -> No
         gpu=True,
         result_globals=["os:system"],
     )
-    policy = light_policy(gpu=False)
+    policy = light_policy(gpu=False, limits=Limits(memory_bytes=1 << 29, cores=2.0))
     spec = capsule.read(copied, MIB).job(policy).spec
     assert isinstance(spec, jobs.CallableSpec)
     assert spec.limits == policy.limits.model_copy(update={"processes": 10})

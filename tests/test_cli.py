@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sandbox.cli import demo, models, output
+from sandbox.cli import demo, main, models, output
 from sandbox.cli.doctor import budget_of, judge
 from sandbox.cli.policy import as_toml
 from sandbox.cli.run import split
@@ -381,3 +381,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         output.write_whole(path, "\udc80")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_doctor_without_a_temporary_folder_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc/self"])  # nobody can make a file there
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor"])
+    assert caught.value.code == 2
+    assert "set TMPDIR" in capsys.readouterr().err

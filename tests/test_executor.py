@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -490,3 +491,9 @@ def test_nothing_is_left_when_the_host_is_killed_in_the_middle_of_ten_jobs() -> 
 
 def left_of_host() -> list[str]:
     return [name for name in os.listdir("/dev/shm") if "sandbox-test-host" in name]
+
+
+def test_without_a_temporary_folder_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/self")  # where nobody can make a folder
+    with pytest.raises(ForkserverError, match="the temporary folder cannot be written"):
+        sandbox.Sandbox(light_policy())

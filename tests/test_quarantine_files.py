@@ -428,6 +428,8 @@ def test_a_graph_that_killed_a_child_gets_none_in_the_next_process(tmp_path: Pat
         return json.loads(done.stdout), done.stderr
 
     assert run("sigabrt")[0] == [3, 1, 0, 0]
+    (file,) = (tmp_path / "cache" / "torch-compile-sandbox" / "quarantine").glob("*.json")
+    assert json.loads(file.read_text())["kills"] == 3
     found, said = run("")
     assert found == [0, 1, 0, 1]
     assert "is in quarantine since" in said and "ended with crashed" in said

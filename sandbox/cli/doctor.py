@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ examples:
   sandbox doctor --leaks --remove
 
 exit codes: 0 the host gives what the policy requires; 1 it does not (one sentence for each thing that is missing);
-2 no such policy. With --leaks: 0 nothing of ours is left; 1 something is, or could not be removed
+2 no such policy, or no temporary folder. With --leaks: 0 nothing of ours is left; 1 something is, or could not be
+removed
 """
 #: Seconds for the forkserver without torch and the small job, together.
 _CHILD_SECONDS = 60.0
@@ -69,6 +71,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return _leaks(arguments.remove, arguments.json)
     from sandbox import enforce
 
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as problem:  # torch and dill look for it as soon as they are imported
+        raise SandboxError(f"{problem.strerror}: set TMPDIR to a folder that can be written") from None
     policy = load(arguments.policy)
     with only_ours_on_stdout():
         host = host_facts()

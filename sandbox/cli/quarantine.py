@@ -30,7 +30,7 @@ example:
 
 The policy says where the files are and for how long they count. Entries of all policies of a folder are shown.
 
-exit codes: 0 fine; 1 no such entry, or files that had to be ignored; 2 bad input, or a folder that cannot be used
+exit codes: 0 fine; 1 no such entry, or files or a folder that had to be ignored; 2 bad input, or no folder to look in
 """
 _DIGITS = 12
 

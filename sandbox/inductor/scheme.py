@@ -182,7 +182,9 @@ class _Compile:
         """No child made it: if one was killed, no later compile of this graph tries again."""
         if self.killed:
             last = self.killed[-1]
-            self.scheme.quarantine.add(key, self.killed[0].status, last.job_id, self.name, last.detail, facts)
+            self.scheme.quarantine.add(
+                key, last.status, last.job_id, self.name, last.detail, facts, kills=len(self.killed)
+            )
 
     def _quarantined(self, entry: Entry) -> Any:
         """A graph that has killed a child gets no second one."""
