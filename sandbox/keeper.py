@@ -82,7 +82,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
     state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
     try:
         check(confinement, {"cgroup": state})
-        entered = prepare_keeper(confinement)
+        entered = prepare_keeper(confinement, root=str(folder.parent))
         entered.states["cgroup"] = state
         before = ledger.take()
         # The template's own folder, in which we still are, holds what its warm-up has built.
@@ -371,9 +371,10 @@ def _temporary(tree: _Tree) -> list[Leak]:
         while queue:
             with contextlib.suppress(OSError), os.scandir(queue.pop()) as entries:  # too deep for a path
                 for entry in entries:
-                    info = entry.stat(follow_symlinks=False)
-                    # What is mounted in there (code, the scratch folder) is not the job's temporary file.
-                    if info.st_dev == own:
-                        (queue if stat.S_ISDIR(info.st_mode) else found).append(entry.path)
+                    with contextlib.suppress(OSError):  # survivors still run: gone meanwhile
+                        info = entry.stat(follow_symlinks=False)
+                        # What is mounted in there (code, the scratch folder) is not the job's temporary file.
+                        if info.st_dev == own:
+                            (queue if stat.S_ISDIR(info.st_mode) else found).append(entry.path)
     texts = (printable(path.removeprefix(root), ledger.MAX_TEXT) for path in sorted(found)[: child.MAX_LEAKS])
     return [Leak(kind="temp_file", object=text, owner="child", reclaimed=True) for text in texts]

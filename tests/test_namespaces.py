@@ -221,6 +221,48 @@ def test_temporary_folders_are_the_jobs_own_bounded_and_told(light: sandbox.Sand
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_temporary_folders_that_are_too_deep_or_still_change_do_not_fail_the_keeper(light: sandbox.Sandbox) -> None:
+    def deep_and_busy() -> None:
+        import os
+
+        for _ in range(4):
+            if os.fork() == 0:
+                os.chdir("/tmp")
+                while True:
+                    for number in range(200):
+                        name = f"{os.getpid()}-{number}"
+                        os.mkdir(name)
+                        os.rmdir(name)
+        os.chdir("/var/tmp")
+        for _ in range(2500):
+            os.mkdir("d")
+            os.chdir("d")
+        raise ValueError("the job's own error")
+
+    result = run(light, deep_and_busy)
+    need(result, "mount_namespace")
+    # Not `crashed`, which it is where the keeper fails.
+    assert (result.status, result.exit_code) == (Status.COMPILE_ERROR, 0), result
+    assert result.leaks.counts()["orphan"] == 4
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_scratch_folders_in_dev_shm_stay_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("/dev/shm", f"sandbox-test-{os.getpid()}")
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    try:
+        with sandbox.Sandbox(light_policy()) as box:
+            result = run(box, lambda: (os.listdir("/dev/shm"), Path("file").write_text("x")))
+            assert (result.status, result.value) == (Status.OK, ([folder.name], 1)), result
+            need(result, "mount_namespace")
+            assert not result.leaks.leaks
+    finally:
+        monkeypatch.undo()
+        folder.rmdir()
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_other_jobs_cannot_be_seen(light: sandbox.Sandbox) -> None:
     def neighbours() -> list[str]:
         import os

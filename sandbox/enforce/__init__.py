@@ -47,8 +47,11 @@ def prepare_template(environment: Mapping[str, str]) -> None:
     seccomp.prepare()
 
 
-def prepare_keeper(confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES) -> namespaces.Entered:
-    """Confine what the keeper shares with the job. ``shm_bytes`` is the size of the job's own /dev/shm.
+def prepare_keeper(
+    confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES, root: str = ""
+) -> namespaces.Entered:
+    """Confine what the keeper shares with the job. ``shm_bytes`` is the size of the job's own /dev/shm; ``root``, the
+    folder of scratch folders, stays in sight.
 
     Call it in the keeper before it forks its first child, which calls :func:`namespaces.close_off`. States:
     process_tree and those of namespaces.
@@ -56,7 +59,7 @@ def prepare_keeper(confinement: Confinement, shm_bytes: int = namespaces.SHM_BYT
     Raises:
         EnforcementError: if a required mechanism is unavailable; the keeper may then be half confined: let it end.
     """
-    entered = namespaces.enter(confinement, shm_bytes)
+    entered = namespaces.enter(confinement, shm_bytes, root)
     entered.states["process_tree"] = privileges.adopt_orphans(confinement.process_tree)
     check(confinement, entered.states)
     return entered

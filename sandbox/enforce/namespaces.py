@@ -41,8 +41,9 @@ class Entered:
     """The next child of this process is pid 1 of the job's process ids."""
 
 
-def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES) -> Entered:
-    """Move this process into namespaces of its own, each as far as the host allows.
+def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES, root: str = "") -> Entered:
+    """Move this process into namespaces of its own, each as far as the host allows. The folder ``root`` stays where it
+    is, also if it lies in /dev/shm.
 
     Without CAP_SYS_ADMIN a user namespace comes first, in which this user has the same id and all capabilities. Its
     first child needs them; then give them up (`libc.drop_capabilities`).
@@ -50,7 +51,7 @@ def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES) -> Entered:
     entered = Entered()
     plan: dict[str, tuple[Demand, Callable[[], Mechanism]]] = {
         "ipc_namespace": (confinement.ipc_namespace, _ipc),
-        "mount_namespace": (confinement.mount_namespace, lambda: _mount(shm_bytes, entered)),
+        "mount_namespace": (confinement.mount_namespace, lambda: _mount(shm_bytes, entered, root)),
         "network_namespace": (confinement.network_namespace, _network),
         "pid_namespace": (confinement.pid_namespace, lambda: _pids(entered)),
     }
@@ -148,7 +149,7 @@ def _pids(entered: Entered) -> Mechanism:
     return Mechanism(state=State.ENFORCED)
 
 
-def _mount(shm_bytes: int, entered: Entered) -> Mechanism:
+def _mount(shm_bytes: int, entered: Entered, root: str) -> Mechanism:
     state = _unshare(libc.CLONE_NEWNS, "mnt")
     if state.state is not State.ENFORCED:
         return state
@@ -159,10 +160,18 @@ def _mount(shm_bytes: int, entered: Entered) -> Mechanism:
         entered.own_mounts = True
         return Mechanism(state=State.PARTIAL, reason=f"this host has no {SHM}")
     before = os.stat(SHM).st_dev
+    root = os.path.realpath(root)
+    kept = _open_in(root, [SHM])
     try:
         _tmpfs(SHM, shm_bytes)
+        if kept is not None:
+            _make_target(root, kept)
+            libc.mount(f"/proc/self/fd/{kept}", root, None, libc.MS_BIND | libc.MS_REC)
     except OSError as error:
         return Mechanism(state=State.UNAVAILABLE, reason=f"no own {SHM}: {libc.reason(error)}")
+    finally:
+        if kept is not None:
+            os.close(kept)
     if os.stat(SHM).st_dev == before:
         return Mechanism(state=State.UNAVAILABLE, reason=f"a mount on {SHM} was accepted but is not there")
     entered.own_mounts = entered.own_shm = True
@@ -226,7 +235,7 @@ def _tmpfs(place: str, size: int) -> None:
     libc.mount("tmpfs", place, "tmpfs", libc.MS_NOSUID | libc.MS_NODEV, options)
 
 
-def _open_in(path: str, hidden: Iterable[str], always: str) -> int | None:
+def _open_in(path: str, hidden: Iterable[str], always: str = "") -> int | None:
     """A handle on ``path`` if it lies in a hidden folder, or is ``always``; None if not, or if it is gone."""
     if path == always or any((path + "/").startswith(place + "/") for place in hidden):
         try:
