@@ -316,6 +316,19 @@ def test_never_one_above_a_limit_of_our_own(host: Callable[..., Path], monkeypat
     busy(monkeypatch, top / "pod/container")
     with pytest.raises(NotDelegated, match=r"container has a limit \(memory.max\) that a job above it would escape"):
         find()
+    cgroup(top / "pod/container", enabled="", memory_high="8589934592")
+    with pytest.raises(NotDelegated, match=r"container has a limit \(memory.high\)"):
+        find()
+
+
+def test_a_process_without_a_number_here_is_not_signalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another PID namespace is listed as 0, which to `kill` is the own process group."""
+    killed: list[int] = []
+    monkeypatch.setattr("os.kill", lambda pid, _: killed.append(pid))
+    monkeypatch.setattr(cgroups, "_KILL_SECONDS", 0.01)
+    (tmp_path / "cgroup.procs").write_text("0\n4194999\n")
+    cgroups._kill_all(str(tmp_path))
+    assert set(killed) == {4194999}
 
 
 def test_a_container_sees_its_own_cgroup_as_the_root(

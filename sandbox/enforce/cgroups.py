@@ -273,7 +273,11 @@ def _v2_place(own: str, top: str) -> Place:
             problems.append(str(problem))
         if folder == top:
             break
-        limited = [file for file in ("memory.max", "pids.max", "cpu.max") if not _is_unlimited(f"{folder}/{file}")]
+        limited = [
+            file
+            for file in ("memory.max", "memory.high", "pids.max", "cpu.max")
+            if not _is_unlimited(f"{folder}/{file}")
+        ]
         if limited:
             problems.append(f"{folder} has a limit ({', '.join(limited)}) that a job above it would escape")
             break
@@ -330,7 +334,8 @@ def _kill_all(folder: str) -> None:
     deadline = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < deadline:
         try:
-            pids = [int(pid) for pid in _read(f"{folder}/cgroup.procs").split()]
+            # 0 is one of another PID namespace, which has no number here; to `kill` it is our own process group.
+            pids = [pid for pid in map(int, _read(f"{folder}/cgroup.procs").split()) if pid]
         except OSError:
             return  # gone meanwhile
         if not pids:
