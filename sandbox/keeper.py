@@ -41,6 +41,8 @@ LOOK_SECONDS = 0.25
 KILL, KILL_WITH_STACKS = b"K", b"S"
 #: Seconds that a worker has to print its stacks, before it is killed.
 STACKS_SECONDS = 0.1
+#: Characters of a path in a job's own /tmp that is looked at: each look walks the whole path.
+MAX_PATH = 1000
 #: Seconds for the kill of the whole tree; a tree that forks as fast as it can takes the longest.
 KILL_SECONDS = 10.0
 
@@ -369,12 +371,12 @@ def _temporary(tree: _Tree) -> list[Leak]:
             continue  # no such folder, or init has ended before us
         queue = [root + place]
         while queue:
-            with contextlib.suppress(OSError), os.scandir(queue.pop()) as entries:  # too deep for a path
+            with contextlib.suppress(OSError), os.scandir(queue.pop()) as entries:
                 for entry in entries:
                     with contextlib.suppress(OSError):  # survivors still run: gone meanwhile
                         info = entry.stat(follow_symlinks=False)
                         # What is mounted in there (code, the scratch folder) is not the job's temporary file.
-                        if info.st_dev == own:
+                        if info.st_dev == own and len(entry.path) < MAX_PATH:
                             (queue if stat.S_ISDIR(info.st_mode) else found).append(entry.path)
     texts = (printable(path.removeprefix(root), ledger.MAX_TEXT) for path in sorted(found)[: child.MAX_LEAKS])
     return [Leak(kind="temp_file", object=text, owner="child", reclaimed=True) for text in texts]

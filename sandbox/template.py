@@ -30,6 +30,9 @@ from sandbox.results import printable
 
 #: Control messages are small; what is larger (spec, payload) goes to the worker by the job's own socket.
 MAX_MESSAGE = 64 * 1024
+#: Leaks of the template in one answer, a count at most. An upgrade of packages takes the names from hundreds of files
+#: that it has mapped, and a message has an end.
+MAX_TOLD = 100
 #: Seconds that ended threads may take to leave the kernel's list after the warm-up.
 THREAD_SECONDS = 1.0
 #: Seconds that a child which has ended may take to be gone, before it counts as a zombie.
@@ -123,7 +126,8 @@ def _grown(before: ledger.Snapshot) -> dict[str, str]:
         time.sleep(REAP_SECONDS)  # the kernel may be about to reap it
         held = ledger.differences(before, ledger.take(ipc=False))
     # Children are keepers, and whatever else is among them is killed as a stray.
-    return {printable(each.text, ledger.MAX_TEXT): each.kind for each in held if each.kind != "process"}
+    grown = [each for each in held if each.kind != "process"][:MAX_TOLD]
+    return {printable(each.text, ledger.MAX_TEXT): each.kind for each in grown}
 
 
 def _children() -> list[Process]:

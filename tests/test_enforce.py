@@ -372,6 +372,24 @@ def test_without_user_namespaces_everything_else_goes_on() -> None:
         assert reason.startswith("no user namespace: unshare(0x10000000): Invalid argument")
 
 
+def test_a_user_namespace_that_does_not_take_our_ids_is_not_entered() -> None:
+    """It could not be left again, and the job would run as user 65534. Here: root's id, without CAP_SETFCAP."""
+    need_root()
+    reached, same, uid = run_script(
+        """
+        before = os.readlink("/proc/self/ns/user")
+        def job():
+            libc.drop_capabilities()
+            reached = states(keeper_states(Confinement()))
+            return [reached, os.readlink("/proc/self/ns/user") == before, os.getuid()]
+        print(json.dumps(in_child(job)[0]))
+        """
+    )
+    assert uid == 0
+    # Before Linux 5.12 it takes root's id, too.
+    assert same == all(reached[name][0] == "unavailable" for name in NAMESPACES)
+
+
 def test_a_user_namespace_of_which_nothing_comes() -> None:
     """AppArmor lets an unprivileged process make a user namespace and then refuses all that it is good for."""
     reached = run_script(

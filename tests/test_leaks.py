@@ -301,6 +301,31 @@ def test_what_the_template_has_kept_open_is_told_by_name(monkeypatch: pytest.Mon
         assert box.stats().leaked[0].job_id == ""
 
 
+def test_an_upgrade_of_packages_under_a_template_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """All at once hundreds of files that it has mapped have no name any more: more than one message can tell."""
+    (tmp_path / "many_libraries.py").write_text(
+        "import mmap\n"
+        f"kept, folder = [], {str(tmp_path)!r}\n"
+        "for number in range(400):\n"
+        "    name = f'a-library-with-a-name-that-is-as-long-as-those-in-site-packages-often-are-{number}'\n"
+        "    with open(f'{folder}/{name}.so', 'w+b') as file:\n"
+        "        file.truncate(mmap.PAGESIZE)\n"
+        "        kept.append(mmap.mmap(file.fileno(), 0))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = light_policy().forkserver.model_copy(update={"preload": ("many_libraries",)})
+    with sandbox.Sandbox(light_policy(forkserver=settings)) as box:
+        run(box, "pass")
+        for file in tmp_path.glob("*.so"):
+            file.unlink()
+        for _ in range(3):
+            run(box, "pass")
+        assert box.stats().forkserver_restarts == 0
+        assert box._forkserver.leaks()
+
+
 def test_a_child_cannot_steer_a_terminal_by_its_leaks(light: sandbox.Sandbox) -> None:
     done = run(light, "kept = open('tmp/\\x1b[31m', 'w'); os.unlink(kept.name)")
     told: list[Leak] = list(done.leaks.leaks)

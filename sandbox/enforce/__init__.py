@@ -45,6 +45,8 @@ def prepare_template(environment: Mapping[str, str]) -> None:
     """In the template, once all is imported: find out what each of its workers would have to, 30 ms once."""
     paths.needed(environment, gpu=False)
     seccomp.prepare()
+    if not namespaces.is_privileged():
+        namespaces.try_user_namespace()
 
 
 def prepare_keeper(
