@@ -80,13 +80,13 @@ class Breaker:
         with self._lock:
             if stretch != self._stretch or not self._settings.failures:
                 return
-            tried, self._trying = self._trying, False
+            self._trying = False
             if works:
                 self._in_a_row, self._open_until = 0, None
             elif works is False:
                 self._in_a_row += 1
                 self._problem = problem[:500]
-                if tried or self._in_a_row >= self._settings.failures:
+                if self._in_a_row >= self._settings.failures:  # after a try too: only a success sets it back
                     self._open_until = self._now() + self._settings.open_seconds
                     self._stretch += 1
                     self.opened += 1

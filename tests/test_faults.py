@@ -220,6 +220,8 @@ def test_bad_input_is_told(faulty: sandbox.Sandbox) -> None:
         ("sigsegv", "wire.reply", "sigsegv cannot happen at wire.reply: allowed are child.run"),
         (faults.Plan(1, kinds=("x",)), None, "no kind of fault 'x'"),
         (faults.Plan(1, points=("x",)), None, "no injection point 'x'"),
+        (faults.Plan(1, points=("host", "child.run")), None, "a state of the host is injected by the name"),
+        (faults.Plan(1, kinds=("clock_jump",)), None, "no kind of the plan can happen at one of its points"),
     ):
         with pytest.raises(PolicyError, match=words), faults.inject(what, at, into=faulty):  # type: ignore[arg-type]
             raise AssertionError("armed")

@@ -144,6 +144,8 @@ class Outcome:
 
     def percentile(self, share: float) -> float:
         """The latency that ``share`` of the requests did not exceed."""
+        if not self.latencies:
+            return float("nan")
         return sorted(self.latencies)[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
 
 

@@ -142,6 +142,10 @@ def _checked(what: str | Shot | Plan, at: str | None) -> Plan | Shot:
         for point in what.points:
             if point not in POINTS:
                 raise PolicyError(f"no injection point {point!r}: allowed are {', '.join(POINTS)}")
+        if "host" in what.points:
+            raise PolicyError("a plan gives faults to jobs; a state of the host is injected by the name of its kind")
+        if not any(point in what.points for name in what.kinds or KINDS for point in KINDS[name].points):
+            raise PolicyError(f"no kind of the plan can happen at one of its points: {', '.join(what.points)}")
         return what
     kind = KINDS[what if isinstance(what, str) else what.kind]
     shot = Shot(kind.name, at or kind.points[0]) if isinstance(what, str) else what

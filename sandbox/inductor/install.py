@@ -44,6 +44,7 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
     Raises:
         PolicyError: policy or mode are wrong; nothing has changed then.
         IncompatibleTorchError: this PyTorch lacks a private name that we build on.
+        ForkserverError: the temporary folder cannot be written.
     """
     global _installed
     scheme = scheme_for(policy, mode)
