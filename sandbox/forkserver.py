@@ -325,7 +325,7 @@ class Forkserver:
         Raises:
             ForkserverError, OSError, TypeError, ValueError: it failed; the message says why.
         """
-        path = [os.fspath(entry) or os.getcwd() for entry in sys.path]
+        path = _search_path()
         settings = {
             "root": str(self.root.path),
             "cgroup_parent": self._policy.confinement.cgroup_parent,
@@ -399,6 +399,15 @@ class Forkserver:
         }
         environment.pop("TORCHINDUCTOR_FX_COMPILE_MODE", None)
         return environment
+
+
+def _search_path() -> list[str]:
+    """This process's search path, for another working folder. One that was deleted holds nothing to import."""
+    entries = [os.fspath(entry) for entry in sys.path]
+    try:
+        return [entry or os.getcwd() for entry in entries]
+    except FileNotFoundError:
+        return [entry for entry in entries if entry]
 
 
 def _last_lines(log: Path) -> str:

@@ -223,7 +223,7 @@ def _recorded(folder: Path) -> list[Leak]:
     """Remove what a keeper that was killed had seen of the job in shared namespaces. The others do it themselves."""
     path = reclaim.record_path(folder)
     found = [held.leak("child", not reclaim.remove_held(held)) for held in reclaim.recorded(path)]
-    path.unlink(missing_ok=True)
+    scratch.remove(path)  # whatever it is: see there
     return found
 
 
@@ -278,7 +278,9 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
         while watch.seen.exited is None and not watch.keeper_gone:
             settled = watch.kill_deadline is not None or watch.seen.reply is not None
             limit = next_sample if settled else min(next_sample, deadline)
-            for key, events in selector.select(max(0.0, limit - time.monotonic())):
+            # A second look: after a stop of this process that outlasts the wait (SIGSTOP, a debugger) the first comes
+            # back with nothing, whatever has arrived meanwhile.
+            for key, events in selector.select(max(0.0, limit - time.monotonic())) or selector.select(0):
                 if key.data == "worker":
                     _serve_worker(watch, selector, outgoing, replies, events)
                 elif key.data == "keeper":

@@ -7,6 +7,7 @@ seen to hold, a SysV object whose creator or only user was a process of the job.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -33,6 +34,8 @@ from sandbox.results import Leak
 
 #: How the name of a :class:`Record` ends, after that of the job's scratch folder.
 RECORD_SUFFIX: Final = ".held"
+#: Bytes of a record: tens of thousands of objects.
+_MAX_RECORD: Final = 1 << 20
 _IPC_RMID: Final = 0
 _GETPID: Final = 11
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -110,7 +113,8 @@ class Record:
 
     def remove(self) -> None:
         """The job's objects are removed."""
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # none; or something else in its place, which the service removes
+            self._path.unlink()
 
 
 def record_path(scratch: Path) -> Path:
@@ -121,11 +125,11 @@ def record_path(scratch: Path) -> Path:
 def recorded(path: Path) -> tuple[Held, ...]:
     """What a :class:`Record` names and what is still there: to be given to :func:`remove_held`."""
     try:
-        known = json.loads(path.read_bytes())
+        known = json.loads(_read(path))
         inodes = {(int(device), int(inode)) for device, inode in known["posix"]}
         sysv = {(str(kind), int(number), int(created)) for kind, number, created in known["sysv"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()  # none, or a half one of a disk that was full
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return ()  # none, a half one of a disk that was full, or not a keeper's
     now = take(os.getpid())
     nothing = replace(now, posix={}, sysv={})
     return tuple(
@@ -134,6 +138,15 @@ def recorded(path: Path) -> tuple[Held, ...]:
         if (isinstance(held.handle, PosixObject) and held.handle.inode in inodes)
         or (isinstance(held.handle, SysvObject) and (held.handle.kind, held.handle.id, held.handle.created) in sysv)
     )
+
+
+def _read(path: Path) -> bytes:
+    """Without Landlock and own mounts a job may have put anything there; a FIFO is not waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(handle, _MAX_RECORD)
+    finally:
+        os.close(handle)
 
 
 def remove_held(held: Held) -> str:

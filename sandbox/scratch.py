@@ -178,6 +178,9 @@ def _empty(root: int, name: str, prefix: str, moved: int, left: list[str]) -> tu
                 try:
                     os.unlink(entry, dir_fd=inner)
                 except (IsADirectoryError, PermissionError):  # which of the two, depends on the file system
+                    with contextlib.suppress(OSError):
+                        os.rmdir(entry, dir_fd=inner)  # mostly it is empty, and there is nothing to move
+                        continue
                     # Moving a folder writes to it: to its entry for the parent.
                     with contextlib.suppress(PermissionError):
                         os.chmod(entry, 0o700, dir_fd=inner)

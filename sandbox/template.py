@@ -45,6 +45,8 @@ GRACE_SECONDS = 1.0
 
 def main(control_fd: int) -> None:
     """Serve fork requests until the parent is gone. Never returns."""
+    # Inherited from the thread that started us. Without SIGCHLD no keeper would see a worker's end.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     control = socket.socket(fileno=control_fd)
     settings = json.loads(control.recv(MAX_MESSAGE))
     # A preloaded module may hang in C code, where no handler of ours runs.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import eventually, family, held
+from conftest import HERE, MARK, eventually, family, held
 from pydantic import ValidationError
 
 import sandbox
@@ -376,3 +376,56 @@ def test_temporary_folders_that_change_and_are_deep_hide_nothing(light: sandbox.
         assert result.leaks.counts()["orphan"] == 4
     elif states["seccomp"] == "enforced":
         assert result.status is Status.VIOLATION, result
+
+
+@pytest.mark.parametrize("made", ["os.mkfifo", "os.makedirs", "deep"])
+def test_something_else_in_the_place_of_the_keepers_record(light: sandbox.Sandbox, made: str) -> None:
+    """A FIFO there held the service up for ever; a folder, or JSON too deep to read, was a failure of the sandbox."""
+    result = attack(
+        light,
+        f"""
+        def deep(path):
+            with open(path, "w") as file: file.write("[" * 100_000)
+        {made}(os.getcwd() + ".held")
+        """,
+        SHARED_PIDS.model_copy(update={"mount_namespace": "off", "ipc_namespace": "off"}),
+    )
+    assert result.ok, result
+    assert not list(light._forkserver.root.path.glob("*.held"))
+
+
+#: A host with every signal blocked in the thread that starts the template, in a folder that is deleted: then it stops
+#: as a whole until the job is over and its deadline has passed.
+HOST = """
+import os, signal, subprocess, sys, tempfile, time
+sys.path[:0] = ["", *{path!r}]
+import sandbox
+from conftest import light_policy
+from sandbox.limits import Confinement, Limits
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+folder = tempfile.mkdtemp()
+os.chdir(folder)
+os.rmdir(folder)
+bare = Confinement(pid_namespace="off", cgroup="off")
+with sandbox.Sandbox(light_policy(confinement=bare)) as box:
+    print(box.submit(sandbox.callable_job(os.abort)).result().status)
+    def work():
+        open("began", "w").close()
+        time.sleep(0.2)
+    future = box.submit(sandbox.callable_job(work, limits=Limits(memory_bytes=1 << 29, wall_seconds=3.0)))
+    while not list(box._forkserver.root.path.glob("job-*/began")) and not future.done():
+        time.sleep(0.001)
+    # Until the deadline has passed.
+    subprocess.Popen(["sh", "-c", f"sleep 3.2; kill -CONT {{os.getpid()}}"], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    print(future.result().status)
+"""
+
+
+def test_a_host_that_blocks_signals_has_no_working_folder_and_is_stopped() -> None:
+    """Without SIGCHLD no keeper saw a worker's end: a crash was a timeout. With no working folder nothing started.
+    What had been answered while the service was stopped was a timeout, too."""
+    search = [str(HERE), str(HERE.parent), MARK, *(entry for entry in sys.path if "site-packages" in entry)]
+    program = HOST.format(path=search)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["crashed", "ok"], done.stderr
