@@ -292,6 +292,25 @@ def test_a_disk_that_hangs_delays_no_answer(folder: Path, monkeypatch: pytest.Mo
             go_on.set()
 
 
+def test_without_a_thread_for_it_the_capsule_is_lost_and_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems: list[BaseException] = []
+    writer = capsule.Writer(leaving(folder), problems.append)
+    job = sandbox.callable_job(os.getpid)
+    result = JobResult(job_id=job.spec.job_id, status=Status.CRASHED, leaks=LeakReport(job_id=job.spec.job_id))
+    result = result.model_copy(update={"capsule": str(writer.place(result))})
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        writer.leave(job, result, "n", "first")
+    assert [str(problem) for problem in problems] == ["can't start new thread"]
+    writer.leave(job, result, "n", "first")
+    writer.close(30)
+    assert os.listdir(folder) == [Path(result.capsule).name] and len(problems) == 1
+
+
 # From elsewhere.
 
 

@@ -249,6 +249,12 @@ def test_nothing_stays_replaced(faulty: sandbox.Sandbox, light: sandbox.Sandbox)
     assert ends(faulty).ok
 
 
+def test_the_newest_of_several_comes_first_and_leaves_the_rest_to_the_others(faulty: sandbox.Sandbox) -> None:
+    with faults.inject("exit", into=faulty, times=1) as older, faults.inject("raise", into=faulty, times=1) as newer:
+        assert [ends(faulty).status.value for _ in range(3)] == ["compile_error", "crashed", "ok"]
+    assert len(older.given) == len(newer.given) == 1
+
+
 # The same seed does the same.
 
 
@@ -342,6 +348,9 @@ def test_a_campaign_with_jobs_without_torch_twice_with_the_same_seed() -> None:
         assert ours(document["problems"]) == []
         assert document["host_deaths"] == [] and document["worst_late_seconds"] < 1.0
         assert sum(row["faults"] for row in document["table"].values()) == 60
+        # If the faults had been given and not happened, this would have shown nothing.
+        ended = {status for row in document["table"].values() for status in row["children"]}
+        assert {"crashed", "timeout", "protocol_error", "sandbox_error", "ok"} <= ended
     assert first["table"] == second["table"]
     assert first["digest"] == second["digest"]
 

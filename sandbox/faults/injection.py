@@ -101,7 +101,8 @@ def inject(
 
     The limits of a kind (:attr:`Kind.limits`) hold for the jobs that have the fault, where they are lower than the
     job's own. A kind at the point `host` changes this process until the block ends; the SIGCHLD ones need the main
-    thread.
+    thread. Of several injections into one sandbox the newest is asked first; a job that it spares, or for which it has
+    none left, is offered to the one before.
 
     Raises:
         PolicyError: the policy of the sandbox does not say `allow_faults`, or there is no such kind or point.
@@ -183,8 +184,8 @@ def _here(point: str) -> Shot | None:
 
 def _run(function: Callable[..., JobResult]) -> Callable[..., JobResult]:
     def replacement(forkserver: Forkserver, job: Job, *args: Any, **kwargs: Any) -> JobResult:
-        injection = next((each for each in _armed if each.into._forkserver is forkserver), None)
-        shot = injection.draw() if injection is not None else None
+        mine = (each for each in reversed(tuple(_armed)) if each.into._forkserver is forkserver)
+        shot = next((shot for each in mine if (shot := each.draw()) is not None), None)
         if shot is None:
             return function(forkserver, job, *args, **kwargs)
         _job.shot = shot
