@@ -392,6 +392,29 @@ def test_where_a_folder_cannot_be_shown_again_none_is_hidden(patched: Callable[[
     assert result.value[3], "the rest is read-only all the same"
 
 
+def test_where_only_dev_shm_can_be_mounted_jobs_run(patched: Callable[[str], sandbox.Sandbox]) -> None:
+    result = where(patched(REFUSE + "refusing('mount', errno.EACCES, lambda *a: a[1] not in ('/', '/dev/shm'))"))
+    assert result.status is Status.OK, result
+    found = result.enforcement.mechanisms["mount_namespace"]
+    assert found.state.value == "partial" and "the rest is not read-only" in found.reason
+
+
+def test_a_kernel_that_does_not_say_how_many_capabilities_it_has(patched: Callable[[str], sandbox.Sandbox]) -> None:
+    """gVisor's /proc has no cap_last_cap."""
+    box = patched(
+        "import builtins\n"
+        "real = open\n"
+        "def refusing(path, *rest, **named):\n"
+        "    if str(path).startswith('/proc/sys/'):\n"
+        "        raise FileNotFoundError(2, 'No such file or directory')\n"
+        "    return real(path, *rest, **named)\n"
+        "builtins.open = refusing\n"
+    )
+    result = box.submit(sandbox.callable_job(os.getpid)).result(60)
+    assert result.status is Status.OK, result
+    assert result.enforcement.states()["capabilities"] == "enforced"
+
+
 def test_without_process_ids_of_its_own_a_job_has_its_own_folders(light: sandbox.Sandbox) -> None:
     result = run(light, os.getpid, confinement={"pid_namespace": "off"})
     assert result.value > 2

@@ -238,12 +238,13 @@ def _only_scratch(entered: Entered, scratch: str, read: Iterable[str], size: int
         problems.append(f"no own temporary folders: {libc.reason(error)}")
         for path in reversed(done):
             libc.unmount(path)
-        libc.mount(scratch, scratch, None, libc.MS_BIND | libc.MS_REC)
         writable = [SHM] if entered.own_shm else []
     finally:
         for handle in needed.values():
             os.close(handle)
     try:
+        if problems:
+            libc.mount(scratch, scratch, None, libc.MS_BIND | libc.MS_REC)
         libc.set_read_only("/", True, recursive=True)
         for path in {scratch, *writable} - set(read):
             libc.set_read_only(os.path.realpath(path), False)

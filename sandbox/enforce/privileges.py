@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 from typing import Final
@@ -60,9 +59,10 @@ def drop_capabilities(demand: Demand) -> Mechanism:
     if demand == "off":
         return Mechanism(state=State.OFF)
     # The bounding set and the secure bits need CAP_SETPCAP: who has not got it has little to give up.
-    with contextlib.suppress(PermissionError):
-        for number in range(_last_capability() + 1):
+    with contextlib.suppress(OSError):
+        for number in range(64):  # EINVAL after the last that the kernel knows
             libc.prctl(libc.PR_CAPBSET_DROP, number)
+    with contextlib.suppress(OSError):
         libc.prctl(libc.PR_SET_SECUREBITS, _SECUREBITS)
     with contextlib.suppress(OSError):  # Linux before 4.3 has no ambient set; what is left of it shows below
         libc.prctl(libc.PR_CAP_AMBIENT, libc.PR_CAP_AMBIENT_CLEAR_ALL)
@@ -83,13 +83,6 @@ def _capabilities() -> dict[str, int]:
     with open("/proc/self/status", "rb", buffering=0) as status:
         lines = (line.split() for line in status.read(65_536).splitlines() if line.startswith(b"Cap"))
         return {line[0].decode().rstrip(":"): int(line[1], 16) for line in lines}
-
-
-@functools.cache
-def _last_capability() -> int:
-    """The highest number of a capability that the kernel knows."""
-    with open("/proc/sys/kernel/cap_last_cap", "rb", buffering=0) as file:
-        return int(file.read(16))
 
 
 def adopt_orphans(demand: Demand) -> Mechanism:
