@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 _SIZE: Final = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 _POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+#: Characters of a key that are shown, at most.
+_MAX_KEY: Final = 100
 #: pydantic names the branch of a union as the last part of a place; people do not know unions.
 _BRANCHES: Final = frozenset({"bool", "int", "float", "str", "none"})
 
@@ -45,6 +47,8 @@ def closest(word: str, known: Sequence[str]) -> str:
 def _dotted(place: Sequence[int | str]) -> str:
     text = ""
     for part in place:
+        if isinstance(part, str):  # perhaps a hostile one's: it may neither steer a terminal nor fill a log
+            part = part[:_MAX_KEY] if part.isprintable() else ascii(part[:_MAX_KEY])
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 

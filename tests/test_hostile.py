@@ -429,3 +429,16 @@ def test_a_host_that_blocks_signals_has_no_working_folder_and_is_stopped() -> No
     program = HOST.format(path=search)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["crashed", "ok"], done.stderr
+
+
+def test_names_of_keys_neither_steer_a_terminal_nor_fill_a_log(light: sandbox.Sandbox) -> None:
+    for key in ("\x1b[2Jforged\r\nline", "long" * 100_000):
+        result = attack(
+            light,
+            f"""
+            os.write(s, frame({{"kind": "reply", "job_id": job_id, "status": "ok", {key!r}: 1}}))
+            os._exit(0)
+            """,
+        )
+        assert result.status is Status.PROTOCOL_ERROR
+        assert result.detail.isprintable() and len(result.detail) < 500, result.detail[:500]

@@ -29,7 +29,7 @@ from sandbox.errors import SandboxError
 from sandbox.limits import Confinement
 from sandbox.memory import Memory
 from sandbox.policy import Policy, load
-from sandbox.results import Enforcement, JobResult, Mechanism, State
+from sandbox.results import Enforcement, JobResult, Mechanism, State, printable
 
 _HELP = """\
 Tells what is really enforced on this host: it starts a forkserver, runs a small job in a confined child, and shows
@@ -129,7 +129,7 @@ def _leaks(remove: bool, as_json: bool) -> int:
         return FAILED if remaining else OK
     for row in rows:
         done = "left alone" if not remove else f"not removed: {row['problem']}" if row["problem"] else "removed"
-        print(f"{row['kind']} {row['object']}: {done} ({row['proof']})")
+        print(printable(f"{row['kind']} {row['object']}: {done} ({row['proof']})"))
     for text in perhaps:
         print(f"perhaps ours, never touched: {text}")
     print(f"{len(rows)} left by runs that were killed, {len(rows) - len(remaining)} removed")
