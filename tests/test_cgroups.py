@@ -308,6 +308,20 @@ def test_the_nearest_cgroup_above_that_is_delegated(host: Callable[..., Path], m
     assert find() == (Place(str(top / "user/app"), frozenset({"memory", "pids", "cpu"}), "v2"),)
 
 
+def test_only_the_controllers_that_a_job_needs_are_switched_on(
+    host: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = host("/")
+    cgroup(top, enabled="memory")
+    written: list[str] = []
+    monkeypatch.setattr(cgroups, "_write", lambda _path, text: written.append(text))
+    find()
+    assert written == ["+pids"]
+    written.clear()
+    cgroups.enter(Confinement(), Limits(cores=1.0), f"sandbox-test-{os.getpid()}")
+    assert written[:2] == ["+pids", "+cpu"]
+
+
 def test_never_one_above_a_limit_of_our_own(host: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     top = host("/pod/container")
     for name in ("", "pod"):

@@ -139,36 +139,40 @@ def enter(confinement: Confinement, limits: Limits, name: str) -> tuple[Mechanis
     """Make the cgroup ``name`` for a job, as the policy says. Nobody is in it yet: see :meth:`Group.join`."""
     if confinement.cgroup == "off":
         return Mechanism(state=State.OFF), None
+    wanted = _WANTED if limits.cores else NEEDED
     try:
-        places = find(confinement.cgroup_parent)
+        places = find(confinement.cgroup_parent, wanted)
         group = Group(name, places, limits)
     except NotDelegated as problem:
         return Mechanism(state=State.UNAVAILABLE, reason=str(problem)), None
     except OSError as error:
         return Mechanism(state=State.UNAVAILABLE, reason=f"{error.filename}: {reason(error)}"), None
-    wanted = _WANTED if limits.cores else NEEDED
     missing = [controller for controller in wanted if controller not in group.controllers]
     if missing:
         return Mechanism(state=State.PARTIAL, reason=f"no controller {' and '.join(missing)} here"), group
     return Mechanism(state=State.ENFORCED), group
 
 
-def find(parent: str = "") -> tuple[Place, ...]:
-    """Where this process may make cgroups of jobs. ``parent``: a folder of cgroup v2 or v1 that the policy names.
+def find(parent: str = "", wanted: tuple[str, ...] = NEEDED) -> tuple[Place, ...]:
+    """Where this process may make cgroups of jobs.
+
+    Args:
+        parent: a folder of cgroup v2 or v1 that the policy names.
+        wanted: the controllers that are switched on there for v2; others that are on already are used as well.
 
     Raises:
         NotDelegated: nowhere.
     """
     mounts = list(_mounts())
     if parent:
-        return (_named(parent, mounts),)
+        return (_named(parent, mounts, wanted),)
     own = _own()
     places: list[Place] = []
     problems: list[str] = []
     for mount in mounts:
         if mount.kind == "cgroup2" and (folder := mount.folder(own.get("", ""))) is not None:
             try:
-                places.append(_v2_place(folder, mount.point))
+                places.append(_v2_place(folder, mount.point, wanted))
                 break
             except NotDelegated as problem:
                 problems.append(str(problem))
@@ -252,23 +256,23 @@ def _own() -> dict[str, str]:
     return found
 
 
-def _named(parent: str, mounts: list[_Mount]) -> Place:
+def _named(parent: str, mounts: list[_Mount], wanted: tuple[str, ...]) -> Place:
     folder = os.path.normpath(parent)
     for mount in sorted(mounts, key=lambda each: -len(each.point)):
         if (folder + "/").startswith(mount.point + "/"):
             if mount.kind == "cgroup2":
-                return _usable(folder)
+                return _usable(folder, wanted)
             if os.access(folder, os.W_OK):
                 return Place(folder, mount.controllers & set(_WANTED), "v1")
             break
     raise NotDelegated(f"confinement.cgroup_parent = {parent!r} is no cgroup, or not writable")
 
 
-def _v2_place(own: str, top: str) -> Place:
+def _v2_place(own: str, top: str, wanted: tuple[str, ...]) -> Place:
     folder, problems = own, []
     while True:
         try:
-            return _usable(folder)
+            return _usable(folder, wanted)
         except NotDelegated as problem:
             problems.append(str(problem))
         if folder == top:
@@ -285,7 +289,7 @@ def _v2_place(own: str, top: str) -> Place:
     raise NotDelegated("; ".join(problems))
 
 
-def _usable(folder: str) -> Place:
+def _usable(folder: str, wanted: tuple[str, ...]) -> Place:
     """A cgroup of v2, with the controllers that its children have or were given now."""
     available = set(_read(f"{folder}/cgroup.controllers").split())
     lacking = [controller for controller in NEEDED if controller not in available]
@@ -294,7 +298,7 @@ def _usable(folder: str) -> Place:
     if not (os.access(folder, os.W_OK) and os.access(f"{folder}/cgroup.procs", os.W_OK)):
         raise NotDelegated(f"{folder} is not writable")
     control = f"{folder}/cgroup.subtree_control"
-    for controller in _WANTED:
+    for controller in wanted:  # one more changes how the host shares among all that is beside a job
         if controller in available and controller not in _read(control).split():
             try:
                 _write(control, f"+{controller}")
