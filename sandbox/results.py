@@ -67,7 +67,8 @@ class Usage(_Model):
     """User and system CPU time of the process tree, in seconds."""
 
     peak_memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Highest private memory of the process tree that the watchdog saw, in bytes."""
+    """Highest private memory of the process tree that the watchdog saw, in bytes; or what the job's cgroup counted at
+    its peak, page cache and kernel memory included, if that is more."""
 
     memory_granted_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """What it was allowed to use: `limits.memory_bytes`, or less where less was free. 0 if it was not started."""
