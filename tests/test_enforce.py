@@ -421,6 +421,14 @@ def test_probe_tells_all_and_changes_nothing_here() -> None:
         assert found.mechanisms[name] == Mechanism(state=State.ENFORCED)
 
 
+def test_probe_in_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = enforce.probe(Confinement()).states()
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert enforce.probe(Confinement()).states() == here
+
+
 def test_probe_does_not_raise_for_what_is_required_and_absent() -> None:
     need_root()
     states = run_script(

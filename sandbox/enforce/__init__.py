@@ -50,7 +50,7 @@ def prepare_template(environment: Mapping[str, str]) -> None:
 
 
 def prepare_keeper(
-    confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES, root: str = ""
+    confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES, root: str = "/"
 ) -> namespaces.Entered:
     """Confine what the keeper shares with the job. ``shm_bytes`` is the size of the job's own /dev/shm; ``root``, the
     folder of scratch folders, stays in sight.

@@ -43,7 +43,7 @@ class Entered:
     """The next child of this process is pid 1 of the job's process ids."""
 
 
-def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES, root: str = "") -> Entered:
+def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES, root: str = "/") -> Entered:
     """Move this process into namespaces of its own, each as far as the host allows. The folder ``root`` stays where it
     is, also if it lies in /dev/shm.
 
