@@ -11,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 _SIZE: Final = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 _POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+#: Lines, at most: a capsule from elsewhere may hold hundreds of thousands of faults.
+_MAX_LINES: Final = 100
 #: Characters of a key that are shown, at most.
 _MAX_KEY: Final = 100
 #: pydantic names the branch of a union as the last part of a place; people do not know unions.
@@ -22,6 +24,9 @@ def explain(what: str, error: ValidationError, model: type[BaseModel] | None = N
     closest known key for an unknown one."""
     lines: dict[str, None] = {}  # the branches of one union give the same line
     for fault in error.errors(include_url=False):
+        if len(lines) == _MAX_LINES:
+            lines[f"{what}: and so on, {error.error_count()} faults in all"] = None
+            break
         place = list(fault["loc"])
         scalar = len(place) > 1 and place[-1] in _BRANCHES and not fault["type"].startswith("extra")
         if scalar:

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 import sandbox
 from sandbox.envelopes import MAX_FAULTS, Reply, parse_envelope
-from sandbox.errors import WireError
+from sandbox.errors import JobError, WireError
+from sandbox.jobs import parse_spec
 from sandbox.limits import MIB, Confinement, Limits
 from sandbox.results import JobResult, Status
 
@@ -442,3 +443,11 @@ def test_names_of_keys_neither_steer_a_terminal_nor_fill_a_log(light: sandbox.Sa
         )
         assert result.status is Status.PROTOCOL_ERROR
         assert result.detail.isprintable() and len(result.detail) < 500, result.detail[:500]
+
+
+def test_a_spec_of_nothing_but_faults_is_explained_in_a_page() -> None:
+    keys = ",".join(f'"k{number}": 0' for number in range(5000))
+    with pytest.raises(JobError) as caught:
+        parse_spec(f'{{"kind": "callable", {keys}}}')
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 101 and "5003 faults in all" in lines[-1]
