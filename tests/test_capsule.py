@@ -292,6 +292,21 @@ def test_a_disk_that_hangs_delays_no_answer(folder: Path, monkeypatch: pytest.Mo
             go_on.set()
 
 
+def test_closing_waits_for_what_is_being_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, written = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> None:
+        begun.set()
+        time.sleep(0.3)
+        written.set()
+
+    monkeypatch.setattr(capsule, "write", slow)
+    with sandbox.Sandbox(leaving(folder)) as box:
+        assert run(box, "sigsegv").status is Status.CRASHED
+        assert begun.wait(30)
+    assert written.is_set()
+
+
 def test_without_a_thread_for_it_the_capsule_is_lost_and_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems: list[BaseException] = []
     writer = capsule.Writer(leaving(folder), problems.append)

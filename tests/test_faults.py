@@ -349,8 +349,10 @@ def test_a_campaign_with_jobs_without_torch_twice_with_the_same_seed() -> None:
         assert document["host_deaths"] == [] and document["worst_late_seconds"] < 1.0
         assert sum(row["faults"] for row in document["table"].values()) == 60
         # If the faults had been given and not happened, this would have shown nothing.
-        ended = {status for row in document["table"].values() for status in row["children"]}
-        assert {"crashed", "timeout", "protocol_error", "sandbox_error", "ok"} <= ended
+        table = document["table"]
+        died = [table[kind]["children"] for kind in table if kind.startswith("sig") and not kind.startswith("sigchld")]
+        assert sum(row.get("crashed", 0) for row in died) > 0
+        assert any("protocol_error" in row["children"] for row in table.values())
     assert first["table"] == second["table"]
     assert first["digest"] == second["digest"]
 
