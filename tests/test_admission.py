@@ -15,7 +15,7 @@ import sandbox
 from sandbox import admission
 from sandbox.admission import Admission
 from sandbox.errors import RefusedError
-from sandbox.limits import GIB, MIB, Limits
+from sandbox.limits import GIB, MIB, Confinement, Limits
 from sandbox.memory import Free
 from sandbox.policy import MemorySettings, load
 from sandbox.results import Status
@@ -198,6 +198,8 @@ def scarce() -> Iterator[tuple[sandbox.Sandbox, Host]]:
     host = Host(900 * MIB)
     policy = light_policy(
         parallel_jobs=2,
+        # A job waits for a file of the test, which lies in the host's temporary folder.
+        confinement=Confinement(mount_namespace="off", landlock="off"),
         limits=Limits(memory_bytes=2 * GIB),
         memory=MemorySettings(reserve_bytes=100 * MIB, min_bytes=512 * MIB, wait_seconds=60.0),
     )
