@@ -381,13 +381,13 @@ def test_a_schedule_follows_from_the_seed() -> None:
 
 
 def test_what_the_command_calls_a_problem() -> None:
-    shots: list[Planned] = [(n, "sigsegv", "child.run", 0, 1) for n in range(7)]
-    fine = {"statuses": ["crashed"], "steps": ["first"], "answer": "eager", "seconds": 1.0, "late": 0.9, "leaks": [],
-            "given": 1, "right": True, "error": "", "details": []}  # fmt: skip
+    shots: list[Planned] = [(n, "sigsegv", "child.run", 0, 1) for n in range(8)]
+    fine = {"statuses": ["crashed"], "steps": ["first"], "answer": "eager", "seconds": 1.0, "besides": 0.2, "late": 0.9,
+            "leaks": [], "given": 1, "right": True, "error": "", "details": []}  # fmt: skip
     answers = {0: fine, 1: {**fine, "late": 1.1}, 2: {**fine, "leaks": ["fd 7"]}, 3: {**fine, "right": False},
-               4: {**fine, "error": "OSError: x"}, 6: {**fine, "given": 0}}  # fmt: skip
+               4: {**fine, "error": "OSError: x"}, 6: {**fine, "given": 0}, 7: {**fine, "besides": 21.0}}  # fmt: skip
     problems = judge(shots, answers)
-    assert len(problems) == 6
+    assert len(problems) == 7
     for number, words in (
         (1, "past the deadline"),
         (2, "holds fd 7"),
@@ -395,6 +395,7 @@ def test_what_the_command_calls_a_problem() -> None:
         (4, "OSError"),
         (5, "no answer"),
         (6, "no job had it"),
+        (7, "21.0 s besides its jobs"),
     ):
         assert any(problem.startswith(f"fault {number},") and words in problem for problem in problems)
 

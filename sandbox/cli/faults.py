@@ -48,6 +48,9 @@ output says what; 2 bad input
 GRACE_SECONDS: Final = 1.0
 #: Seconds without a word from a host until it counts as hung. A start with torch and its warm-up takes the longest.
 SILENCE_SECONDS: Final = 300.0
+#: Seconds that a compile may take besides its jobs: Dynamo, the ladder, the uncompiled graph. So a hang outside of a
+#: job is seen, too, where no new forkserver has to be waited for.
+BESIDES_SECONDS: Final = 20.0
 #: One fault in this many is taken where it costs a new forkserver.
 RARELY: Final = 5
 
@@ -130,17 +133,27 @@ Planned = tuple[int, str, str, int, int | None]
 def schedule(seed: int, count: int, names: Sequence[str]) -> list[Planned]:
     """The faults of a campaign: a function of its arguments alone."""
     chance = random.Random(seed)
+    places = sorted({point for name in names for point in KINDS[name].points})
     shots: list[Planned] = []
     while len(shots) < count:
-        kind = KINDS[chance.choice(list(names))]
-        point = chance.choice(kind.points)
+        # By turns so that each kind, and each point, is met as often as any other.
+        if len(shots) % 2:
+            kind = KINDS[chance.choice(list(names))]
+            point = chance.choice(kind.points)
+        else:
+            point = chance.choice(places)
+            kind = KINDS[chance.choice([name for name in names if point in KINDS[name].points])]
         # A new forkserver takes far longer than all else: seldom, unless few kinds are asked for.
-        costly = point == "host" or point.startswith("forkserver.")
+        costly = _costs_a_forkserver(point)
         if costly and len(names) > RARELY and chance.randrange(RARELY):
             continue
         once = costly or point in LATE or bool(chance.randrange(2))
         shots.append((len(shots), kind.name, point, chance.getrandbits(32), 1 if once else None))
     return shots
+
+
+def _costs_a_forkserver(point: str) -> bool:
+    return point == "host" or point.startswith("forkserver.")
 
 
 class _Ground:
@@ -316,6 +329,8 @@ def judge(shots: list[Planned], answers: dict[int, dict[str, Any]]) -> list[str]
             problems.append(f"{what}: the host holds {', '.join(answer['leaks'][:5])}")
         if answer["late"] > GRACE_SECONDS:
             problems.append(f"{what}: {answer['late']:.2f} s past the deadline")
+        if answer["besides"] > BESIDES_SECONDS and not _costs_a_forkserver(point):
+            problems.append(f"{what}: {answer['besides']:.1f} s besides its jobs")
         if answer["error"] and answer["answer"] != "raised":
             problems.append(f"{what}: {answer['error']}")
     return problems

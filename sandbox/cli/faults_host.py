@@ -148,6 +148,7 @@ def _shot(host: _Light | _Compiler, number: int, shot: Shot, times: int | None) 
         "steps": [row.step for row in rows],
         "answer": _answer(before, after, rows),
         "seconds": seconds,
+        "besides": seconds - sum(row.usage.wall_seconds + row.usage.queue_seconds for row in rows),
         "late": max(late, default=0.0),
         "leaks": left,
         "right": right,
