@@ -418,9 +418,10 @@ def _last_lines(log: Path) -> str:
 
 
 def socket_pair(kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
-    """A connected pair of local sockets: our end (closed in forks of the host), and the other side's."""
+    """A connected pair of local sockets: our end, and the other side's. A fork of the host closes both: the other
+    side's end, held open there, would hide that its process has died."""
     here, there = socket.socketpair(socket.AF_UNIX, kind)
-    return ours(_away_from_standard(here)), _away_from_standard(there)
+    return ours(_away_from_standard(here)), ours(_away_from_standard(there))
 
 
 def _away_from_standard(sock: socket.socket) -> socket.socket:

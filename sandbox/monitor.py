@@ -61,6 +61,10 @@ DISK_EVERY = 5
 #: Seconds that a keeper has to kill the tree and report, before it is killed itself: with that a job ends within one
 #: second after its deadline, also if its keeper hangs.
 KILL_SECONDS = 0.7
+#: This process looks ten times a second. If it has not for so many seconds, it was stopped (a paused container, a
+#: debugger), and most likely the job with it: the time does not count as the job's, or its graph would be taken for one
+#: that hangs.
+STALL_SECONDS = 2.0
 #: Seconds that a worker has to exit once its reply is complete.
 EXIT_SECONDS = 1.0
 #: Seconds, and bytes, for what a dead tree has left in its pipes: more than their buffers hold, less than a hang.
@@ -268,6 +272,7 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
     replies = FrameReader(limits.reply_bytes)
     reports = FrameReader(NO_PAYLOAD)
     deadline = watch.started + limits.wall_seconds
+    looked = watch.started
     ticks = 0
     next_sample = watch.started + SAMPLE_SECONDS
     with selectors.DefaultSelector() as selector:
@@ -292,6 +297,9 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
                     selector.unregister(wake)
                     watch.breach(Status.CANCELLED, cancel.reason or "cancelled")
             now = time.monotonic()
+            if now - looked > STALL_SECONDS:
+                deadline += now - looked
+            looked = now
             if now >= deadline and watch.seen.reply is None:
                 watch.breach(Status.TIMEOUT, f"still running after limits.wall_seconds = {limits.wall_seconds:g} s")
             if watch.seen.reply is not None and now > watch.reply_at + EXIT_SECONDS:

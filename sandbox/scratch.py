@@ -40,11 +40,15 @@ class LockedFolder:
                 break
             # Between the two lines above another process took it for the folder of a dead one.
             os.close(self._lock)
+        # systemd-tmpfiles, which removes what is old in /tmp, leaves a folder alone that is locked (tmpfiles.d(5)).
+        self._kept = os.open(self.path, _DIRECTORY)
+        fcntl.flock(self._kept, fcntl.LOCK_SH)
 
     def remove(self) -> tuple[str, ...]:
         """Remove it and all that is in it; returns what could not be removed. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
+            os.close(self._kept)
             self._lock = -1
         return remove(self.path)
 
