@@ -36,6 +36,7 @@ import escape_tools
 from conftest import light_policy
 
 import sandbox
+from sandbox.enforce import seccomp as seccomp_table
 from sandbox.limits import MIB, Confinement, Demand, Limits
 from sandbox.policy import ForkserverSettings
 from sandbox.processes import descendants
@@ -184,8 +185,9 @@ def become(level: str, uid: int) -> None:
         ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
 
 
-def _refuse(landlock: bool) -> None:
-    """As container runtimes do it by default: no user namespace, by a filter that this process hands down to all."""
+def _refuse(landlock: bool, seccomp: bool = False) -> None:
+    """As container runtimes do it by default: no user namespace, by a filter that this process hands down to all; and
+    on request neither Landlock nor a further filter, as in gVisor or under an old kernel."""
     number = {name: pair[escape_tools._MACHINE] for name, pair in escape_tools.NUMBERS.items()}
     load, jump, mask, answer = 0x20, 0x15, 0x54, 0x06  # BPF: ld abs, jeq, and, ret
     eperm, enosys, allow = 0x00050001, 0x00050026, 0x7FFF0000
@@ -196,6 +198,10 @@ def _refuse(landlock: bool) -> None:
     if landlock:
         for offset in range(3):
             program += [(jump, 0, 1, number["landlock_create_ruleset"] + offset), (answer, 0, 0, enosys)]
+    if seccomp:
+        here = seccomp_table.machine()
+        assert here is not None
+        program += [(jump, 0, 1, here.seccomp), (answer, 0, 0, enosys)]
     program += [
         (jump, 0, 4, number["clone"]),
         (load, 0, 0, 16),  # its flags

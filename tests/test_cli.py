@@ -208,7 +208,7 @@ def test_doctor_says_one_sentence_for_each_missing_mechanism() -> None:
     del found["rlimits"]
     missing, partial = judge(confinement, Enforcement(mechanisms=found))
     assert len(missing) == 2 and "rlimits" in missing[0] and "EPERM" in missing[1]
-    assert len(partial) == 1 and "no smaps_rollup" in partial[0]
+    assert len(partial) == 2 and "no smaps_rollup" in partial[0] and "prefers ipc_namespace" in partial[1]
 
 
 # run

@@ -158,3 +158,47 @@ def test_another_user(tmp_path: Path, no_namespaces: str, namespaces: bool) -> N
         assert states["mount_namespace"] == states["ipc_namespace"] == "unavailable"  # type: ignore[index]
         # What is held in the shared /dev/shm while the keeper looks is attributed all the same, and removed.
         assert answers["leave"][1] == ["posix_semaphore", "sysv_semaphore"]  # type: ignore[index]
+
+
+DOCTOR = """
+import os, sys
+sys.path[:0] = {path!r}
+if os.geteuid() == 0:
+    os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})
+import escape_host
+escape_host._refuse(landlock=True, seccomp=True)
+from sandbox.cli import main
+sys.exit(main(["doctor", "--policy", {policy!r}, "--json"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["strict", "default"])
+def test_doctor_on_a_host_that_gives_nothing(tmp_path: Path, policy: str) -> None:
+    """One sentence for each mechanism that the policy requires and the host has not; if it requires none, it works."""
+    executable = interpreter_of_nobody() if os.geteuid() == 0 else sys.executable
+    if executable is None:
+        pytest.skip("no Python that another user may run")
+    folder = tmp_path / "their-tmp"
+    folder.mkdir()
+    folder.chmod(0o777)
+    for parent in folder.parents:
+        if parent.owner() == "root" and str(parent).startswith("/tmp/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    search = [str(HERE), str(HERE.parent), *(entry for entry in sys.path if "site-packages" in entry)]
+    done = subprocess.run(
+        [executable, "-c", DOCTOR.format(path=search, nobody=NOBODY, policy=policy)],
+        env={"PATH": os.environ["PATH"], "TMPDIR": str(folder), "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True, timeout=110, cwd=folder, check=False,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    missing = {"landlock", "seccomp", "ipc_namespace", "mount_namespace", "network_namespace", "pid_namespace"}
+    assert {name for name in missing if report["enforcement"][name] == "unavailable"} == missing
+    if policy == "default":
+        assert done.returncode == 0 and report["ok"] and report["child"]["status"] == "ok", report["problems"]
+        assert {name for name in missing if any(name in warning for warning in report["warnings"])} == missing
+    else:
+        assert done.returncode == 1 and not report["ok"]
+        for name in missing:
+            told = [problem for problem in report["problems"] if problem.startswith(f"The policy requires {name}")]
+            assert len(told) == 1 and told[0].count(". ") == 0, (name, report["problems"])

@@ -149,10 +149,14 @@ def _caches() -> set[Path]:
 
 
 def judge(confinement: Confinement, enforcement: Enforcement) -> tuple[list[str], list[str]]:
-    """Sentences about what is required: what is missing, and what is there in part."""
+    """Sentences about what is required and missing; and about what is required and there in part, or preferred and not
+    there, or in part."""
     missing, partial = [], []
     for name, demand in confinement.demands().items():
         found = enforcement.mechanisms.get(name)
+        if demand == "prefer" and found is not None and found.state in (State.UNAVAILABLE, State.PARTIAL):
+            how = "is unavailable here" if found.state is State.UNAVAILABLE else "is enforced only in part"
+            partial.append(f"The policy prefers {name}, which {how}: {_why(found)}.")
         if demand != "require":
             continue
         if found is None:

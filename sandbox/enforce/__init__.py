@@ -122,7 +122,7 @@ def probe(confinement: Confinement, timeout_seconds: float = 30.0) -> Enforcemen
         EnforcementError: if the probe itself fails or takes longer than ``timeout_seconds``.
     """
     package_parent = str(Path(__file__).parents[2])
-    search = [package_parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    search = [package_parent, *(entry for entry in sys.path if os.path.isabs(entry))]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "sandbox.enforce"],
