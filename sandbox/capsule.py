@@ -154,7 +154,9 @@ class Writer:
         """Have the capsule of ``result`` written in the background, in the folder that it names."""
         if not result.capsule:
             return
-        order = _Order(job, result, name[:500], step[:50], datetime.now(UTC))
+        # A payload that will be left out is not kept in memory until then.
+        payload = job.payload if len(job.payload) <= self._policy.capsule.max_bytes else None
+        order = _Order(job.spec, payload, result, name[:500], step[:50], datetime.now(UTC))
         with self._lock:
             if len(self._waiting) >= BACKLOG:
                 self._swallowed(CapsuleError(f"{BACKLOG} wait already, the disk does not keep up"))
@@ -192,7 +194,8 @@ class Writer:
                     step=order.step,
                     versions=versions(),
                 )
-                write(Path(order.result.capsule), order.job, order.result, about, self._policy.capsule)
+                settings = self._policy.capsule
+                write(Path(order.result.capsule), order.spec, order.payload, order.result, about, settings)
             except Exception as error:  # noqa: BLE001 - a disk that is full, read-only or gone costs the capsule only
                 self._swallowed(error)
             del order  # its payload may be large, and this thread may wait for the lock
@@ -208,7 +211,8 @@ class Writer:
 class _Order:
     """A capsule to write."""
 
-    job: Job
+    spec: FxGraphSpec | TritonKernelSpec | CallableSpec
+    payload: bytes | None
     result: JobResult
     name: str
     step: str
@@ -228,14 +232,22 @@ def folder_of(settings: CapsuleSettings) -> Path:
     return base / "torch-compile-sandbox" / "capsules"
 
 
-def write(folder: Path, job: Job, result: JobResult, about: About, settings: CapsuleSettings) -> None:
+def write(
+    folder: Path,
+    spec: FxGraphSpec | TritonKernelSpec | CallableSpec,
+    payload: bytes | None,
+    result: JobResult,
+    about: About,
+    settings: CapsuleSettings,
+) -> None:
     """Write the capsule ``folder``, then remove the oldest of those beside it beyond `settings.keep`.
+    ``payload`` is None if it is larger than `settings.max_bytes`.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, as far as the disk lets us.
         CapsuleError: the folder above it is not ours alone.
     """
-    scrub = _Scrubber(job.spec.environment)
+    scrub = _Scrubber(spec.environment)
     tail = scrub(result.stderr_tail[-MAX_STDERR:])
     leaks = result.leaks.model_copy(update={"leaks": result.leaks.leaks[:MAX_LEAKS]})
     failure = result.failure and result.failure.model_copy(
@@ -245,7 +257,7 @@ def write(folder: Path, job: Job, result: JobResult, about: About, settings: Cap
         update={"value": None, "stderr_tail": "", "leaks": leaks, "failure": failure, "detail": scrub(result.detail)}
     )
     texts = {
-        "spec.json": job.spec.model_copy(update={"environment": scrub.environment}).model_dump_json(indent=2),
+        "spec.json": spec.model_copy(update={"environment": scrub.environment}).model_dump_json(indent=2),
         "outcome.json": outcome.model_dump_json(indent=2, exclude={"value", "capsule"}),
         "stderr.txt": tail,
     }
@@ -253,10 +265,10 @@ def write(folder: Path, job: Job, result: JobResult, about: About, settings: Cap
         texts["stack.txt"] = stack
     files = {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
     room = settings.max_bytes - sum(map(len, files.values())) - SMALL
-    if len(job.payload) <= room:
-        files["payload.bin"] = job.payload
+    if payload is not None and len(payload) <= room:
+        files["payload.bin"] = payload
     else:
-        left_out = f"the payload has {len(job.payload)} bytes, capsule.max_bytes = {settings.max_bytes}"
+        left_out = f"the payload has {spec.payload_bytes} bytes, capsule.max_bytes = {settings.max_bytes}"
         about = about.model_copy(update={"payload_left_out": left_out})
     files["capsule.json"] = about.model_dump_json(indent=2).encode()
     for above in (folder.parent.parent, folder.parent):

@@ -218,7 +218,7 @@ class DiskUsage(NamedTuple):
     """False if something was not counted: too many entries, too deep, or not ours to read."""
 
 
-def survey(folder: Path | str, max_entries: int = 100_000, max_depth: int = 64) -> DiskUsage:
+def survey(folder: Path | str, max_entries: int = 20_000, max_depth: int = 64) -> DiskUsage:
     """Add up what lies below ``folder`` while others write there.
 
     Follows no link, also when a folder is replaced by a link meanwhile. What vanishes is not counted. 0 entries if

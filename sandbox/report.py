@@ -11,6 +11,8 @@ from sandbox.results import JobResult, Leak, Usage
 
 #: Rows of single jobs that are kept, a count; the counters go on beyond it.
 MAX_ROWS = 2000
+#: Different reasons that are kept apart, a count; the rest is `other`.
+MAX_REASONS = 500
 
 
 class _Model(BaseModel):
@@ -118,9 +120,10 @@ class Recorder:
             self._graphs[where] += 1
 
     def reason(self, reason: str) -> None:
-        """Why a graph is compiled in this process."""
+        """Why a graph is compiled in this process. The words may be a child's: they are kept up to a number."""
         with self._lock:
-            self._reasons[reason] += 1
+            known = reason in self._reasons or len(self._reasons) < MAX_REASONS
+            self._reasons[reason if known else "other"] += 1
 
     def fallback(self, step: str) -> None:
         """A step of the ladder was taken."""

@@ -230,7 +230,7 @@ def test_many_at_once_are_each_whole(folder: Path) -> None:
         for round_ in range(20):
             place = folder / f"20260101T0000{round_:02}Z-job-{number:012}"
             try:
-                capsule.write(place, job, result, about, CapsuleSettings(keep=5))
+                capsule.write(place, job.spec, job.payload, result, about, CapsuleSettings(keep=5))
             except BaseException as error:
                 problems.append(error)
 

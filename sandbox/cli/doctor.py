@@ -29,7 +29,7 @@ from sandbox.errors import SandboxError
 from sandbox.limits import Confinement
 from sandbox.memory import Memory
 from sandbox.policy import Policy, load
-from sandbox.results import Enforcement, JobResult, Mechanism, State, printable
+from sandbox.results import Enforcement, JobResult, LeakReport, Mechanism, State, Status, printable
 
 _HELP = """\
 Tells what is really enforced on this host: it starts a forkserver, runs a small job in a confined child, and shows
@@ -190,7 +190,9 @@ def _small_job(policy: Policy) -> JobResult:
         try:
             return runner.submit(job, name="doctor").result(_CHILD_SECONDS)
         except FutureTimeoutError:
-            raise SandboxError(f"a small job gave no answer in {_CHILD_SECONDS:.0f} s") from None
+            detail = f"no answer in {_CHILD_SECONDS:.0f} s"
+            leaks = LeakReport(job_id=job.spec.job_id)
+            return JobResult(job_id=job.spec.job_id, status=Status.SANDBOX_ERROR, detail=detail, leaks=leaks)
 
 
 def budget_of(policy: Policy, memory: Memory | None = None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Landlock: the files, the TCP and UDP ports, the abstract sockets and the signals that are within a job's reach.
 
 Three system calls and two structures, called through ctypes. landlockpy 0.2.0 and py-landlock 0.1.1, which bind the
-same calls, were read and left: both are weeks or months old and would be code of a third party at the one place that
-has to be right; landlockpy starts `ldconfig` and a compiler to find libc at its first call; neither says which of
-the rights asked for an older kernel has dropped, which is what a report of `partial` is made of; and what has to be
-decided with care, which rights a file, a folder, a device get, stays with the caller either way.
+same calls, were looked at and left: both are weeks or months old and would be code of a third party at the one place
+that has to be right; landlockpy starts `ldconfig` and a compiler to find libc at its first call; neither says which
+of the rights asked for an older kernel has dropped, which is what a report of `partial` is made of; and what has to
+be decided with care, which rights a file, a folder, a device get, stays with the caller either way.
 
 Source: Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h of Linux; the system calls have
 the same numbers on all architectures.
