@@ -98,9 +98,11 @@ def judge(seen: Evidence, allowed: frozenset[str] = frozenset()) -> tuple[Status
         return Status.PROTOCOL_ERROR, "the reply is truncated", None
     if exited.exit_code == EXIT_MEMORY:
         return Status.MEMORY_LIMIT, "an allocation failed under limits.memory_bytes", None
-    if exited.exit_code in _OURS and not seen.started:
+    if exited.exit_code is not None and not seen.started:
+        # Nothing of the job was unpickled yet: no reason to take its graph for one that kills.
         lines = seen.last_words.strip().splitlines()
-        return Status.SANDBOX_ERROR, f"{_OURS[exited.exit_code]}: {printable(lines[-1]) if lines else 'no word'}", None
+        why = _OURS.get(exited.exit_code, f"the child exited with {exited.exit_code} before it began")
+        return Status.SANDBOX_ERROR, f"{why}: {printable(lines[-1]) if lines else 'no word'}", None
     return Status.CRASHED, f"the child exited with {exited.exit_code} without a reply", None
 
 

@@ -53,6 +53,8 @@ def expected(phase: str, manner: str) -> Status:
         return Status.OK if phase == "build" else Status.PROTOCOL_ERROR
     if phase == "build":
         return Status.COMPILE_ERROR  # a compiler that dies in any way is an error of the compile
+    if phase == "check_spec" and manner in ("raise", "sys_exit", "exit", "fd_exhaustion"):
+        return Status.SANDBOX_ERROR  # an exit before anything of the job was unpickled
     if manner == "raise":
         return {"run": Status.COMPILE_ERROR, "unpickle": Status.UNSERIALIZABLE}.get(phase, Status.CRASHED)
     if manner == "fd_exhaustion":

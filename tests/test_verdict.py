@@ -50,7 +50,9 @@ GOOD = {"reply": reply(Status.OK), "payload": safe_dumps(42)}
         (Evidence(started=True, exited=ended(exit_code=EXIT_UNCONFINED)), Status.CRASHED),
         (Evidence(started=True, exited=ended(exit_code=EXIT_BAD_REQUEST)), Status.CRASHED),
         (Evidence(started=True, exited=ended(exit_code=EXIT_MEMORY)), Status.MEMORY_LIMIT),
-        (Evidence(exited=ended(exit_code=3)), Status.CRASHED),
+        # Before it has begun nothing of the job has run: an exit then is no crash of a compiler, a signal may be.
+        (Evidence(exited=ended(exit_code=3)), Status.SANDBOX_ERROR),
+        (Evidence(started=True, exited=ended(exit_code=3)), Status.CRASHED),
         (Evidence(exited=ended(signal=signal.SIGXCPU)), Status.CPU_LIMIT),
         (Evidence(exited=ended(signal=signal.SIGXFSZ)), Status.OUTPUT_LIMIT),
         (Evidence(exited=ended(signal=signal.SIGKILL)), Status.CRASHED),
