@@ -67,6 +67,8 @@ KILL_SECONDS = 0.7
 STALL_SECONDS = 2.0
 #: Seconds that a worker has to exit once its reply is complete.
 EXIT_SECONDS = 1.0
+#: The same for one that replies at its deadline.
+LAST_SECONDS = 0.1
 #: Seconds, and bytes, for what a dead tree has left in its pipes: more than their buffers hold, less than a hang.
 DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 8 << 20
@@ -302,8 +304,12 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
             looked = now
             if now >= deadline and watch.seen.reply is None:
                 watch.breach(Status.TIMEOUT, f"still running after limits.wall_seconds = {limits.wall_seconds:g} s")
-            if watch.seen.reply is not None and now > watch.reply_at + EXIT_SECONDS:
-                watch.kill()  # the reply is complete; a worker that does not exit loses nothing
+            if watch.seen.reply is not None:
+                # The reply is complete; a worker that does not exit loses nothing. Nor does it gain time beyond the
+                # deadline by a reply just before it.
+                last = max(deadline, watch.reply_at + LAST_SECONDS)
+                if now > min(watch.reply_at + EXIT_SECONDS, last):
+                    watch.kill()
             if watch.kill_deadline is not None and now > watch.kill_deadline:
                 return
             if now >= next_sample:
