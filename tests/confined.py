@@ -62,9 +62,9 @@ def status(field):
 """
 
 
-def run_script(body: str, *arguments: str, timeout: float = 60.0) -> Any:
-    """Run ``body`` in a fresh interpreter; its last line of output, as JSON. Fails with its stderr."""
-    source = f"ROOT = {str(ROOT)!r}\n" + PRELUDE + textwrap.dedent(body)
+def run_script(body: str, *arguments: str, timeout: float = 60.0, prelude: str = PRELUDE) -> Any:
+    """Run ``prelude`` and ``body`` in a fresh interpreter; its last line of output, as JSON. Fails with its stderr."""
+    source = f"ROOT = {str(ROOT)!r}\n" + prelude + textwrap.dedent(body)
     done = subprocess.run(
         [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import uuid
 from pathlib import Path
-from typing import Any
 
+import confined
 import pytest
 
 from sandbox import ledger, processes, reclaim
@@ -67,14 +66,7 @@ def told(leaks):
 """
 
 
-def run_script(body: str, *arguments: str, timeout: float = 60.0) -> Any:
-    """Run ``body`` in a fresh interpreter; its last line of output, as JSON. Fails with its stderr."""
-    source = f"ROOT = {str(ROOT)!r}\n" + PRELUDE + textwrap.dedent(body)
-    done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+run_script = functools.partial(confined.run_script, prelude=PRELUDE)
 
 
 def test_nothing_happened() -> None:

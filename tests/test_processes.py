@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import shutil
 import signal
@@ -11,8 +11,8 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
-from typing import Any
 
+import confined
 import pytest
 
 from sandbox import meter as meter_module
@@ -57,14 +57,7 @@ become_subreaper()
 """
 
 
-def run_script(body: str, *arguments: str, timeout: float = 60.0) -> Any:
-    """Run ``body`` in a fresh interpreter; its last line of output, as JSON. Fails with its stderr."""
-    source = f"ROOT = {str(ROOT)!r}\n" + PRELUDE + textwrap.dedent(body)
-    done = subprocess.run(
-        [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout.splitlines()[-1])
+run_script = functools.partial(confined.run_script, prelude=PRELUDE)
 
 
 @pytest.mark.parametrize("children_file", [True, False])
