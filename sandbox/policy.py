@@ -164,7 +164,7 @@ class Policy(_Model):
     """DANGEROUS. Whether a graph that has killed a child may be compiled in the serving process."""
     trace_leaks: bool = False
     """Whether a child notes the Python call stack whenever it makes a descriptor, file, semaphore, process or thread,
-    so that a leak can name its origin. About 30 us for each that is made; for debugging."""
+    so that a leak can name its origin. Some 25 to 90 us for each that is made; for debugging."""
     allow_faults: bool = False
     """Whether code may inject faults into jobs (`sandbox.faults`): for tests. Nothing else arms one, no environment
     variable either."""
