@@ -129,6 +129,7 @@ class _Compile:
         self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
         self.history: list[fallback.Attempt] = []
         self.killed: list[JobResult] = []  # the children that it has killed
+        self.data: bytes | None = None  # the payload; the same for each child
 
     def run(self) -> Any:
         if eager.mixes(self.gm, self.graph_kwargs, uncompiled=False):
@@ -139,26 +140,25 @@ class _Compile:
         key = identity.quarantine_key(self.gm, self.example_inputs, facts)
         if (entry := self.scheme.quarantine.get(key)) is not None:
             return self._quarantined(entry)
-        step: Step | fallback.ChildStep = "first"
-        result = self._no_child(Status.CANCELLED, "not started")
+        output, step, result = self._walk(key, facts)
+        if output is None:
+            return self._ends(step, result)
+        self.recorder.graph("in_child" if self.scheme.mode == "subprocess" else "in_process")
+        if self.scheme.mode == "serialize":
+            self.recorder.reason("mode_serialize")
+        return output
+
+    def _walk(self, key: str, facts: dict[str, str]) -> tuple[Any, Step, JobResult]:
+        """Children, down the ladder. Returns the loaded artifact, or None and the ladder's last step, and how the last
+        child ended."""
+        step: fallback.ChildStep = "first"
         while True:
-            if step == "in_process":
-                return self._in_process(_reason(result))
-            if step == "eager":
-                return self._eager(result)
-            if step == "raise":
-                self.recorder.graph("raised")
-                raise self._exception(result)
             try:
                 output, result = self._attempt(step)
             except UnserializableError as error:
-                result = self._no_child(Status.UNSERIALIZABLE, str(error))
-                output = None
+                output, result = None, self._no_child(Status.UNSERIALIZABLE, str(error))
             if output is not None:
-                self.recorder.graph("in_child" if self.scheme.mode == "subprocess" else "in_process")
-                if self.scheme.mode == "serialize":
-                    self.recorder.reason("mode_serialize")
-                return output
+                return output, "raise", result
             if result.status in KILLERS and not starved(self.policy, result):
                 self.killed.append(result)
             self.history.append(fallback.Attempt(step=step, status=result.status, no_memory=result.no_memory))
@@ -173,10 +173,21 @@ class _Compile:
                 f"; crash capsule: {result.capsule}" if result.capsule else "",
                 extra={"job_id": result.job_id},
             )
-            step = fallback.decide(self.policy, result.status, history)
-            self.recorder.fallback(step)
-            if step in ("in_process", "eager", "raise"):
+            following = fallback.decide(self.policy, result.status, history)
+            self.recorder.fallback(following)
+            if following == "in_process" or following == "eager" or following == "raise":
                 self._remember(key, facts)
+                return None, following, result
+            step = following
+
+    def _ends(self, step: Step, result: JobResult) -> Any:
+        """What the ladder says when no child has made it."""
+        if step == "in_process":
+            return self._in_process(_reason(result))
+        if step == "eager":
+            return self._eager(result)
+        self.recorder.graph("raised")
+        raise self._exception(result)
 
     def _remember(self, key: str, facts: dict[str, str]) -> None:
         """No child made it: if one was killed, no later compile of this graph tries again."""
@@ -248,8 +259,13 @@ class _Compile:
             return None, self._no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
 
     def _encoded(self) -> bytes:
+        """The payload. Made once: whoever compiles may change the graph later."""
         try:
-            return payload.encode(self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
+            if self.data is None:
+                self.data = payload.encode(
+                    self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
+                )
+            return self.data
         except UnserializableError:
             raise
         except Exception as error:
