@@ -70,7 +70,7 @@ LAYERS = """
     sandbox                       # the public API
 
     cli.output cli.models cli.bench_graphs
-    cli.program cli.policy cli.quarantine cli.check cli.bench_worker cli.faults_host
+    cli.program cli.policy cli.quarantine cli.check cli.bench_worker cli.bench_corpus cli.faults_host
     cli.doctor cli.bench cli.run cli.demo cli.replay cli.faults
     cli
     __main__

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from sandbox.cli import bench_corpus
 from sandbox.cli.output import FAILED, OK, add_json, add_policy, console, print_json, subcommand, write_whole
 from sandbox.errors import SandboxError
 from sandbox.policy import load
@@ -63,6 +64,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random order; default 0")
     parser.add_argument("--out", metavar="FILE.json", type=Path, help="write the JSON document there, too")
     parser.set_defaults(handler=_bench)
+    bench_corpus.add(parser)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
