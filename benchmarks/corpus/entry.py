@@ -41,7 +41,7 @@ class Entry:
 
     name: str
     """Unique, `part/...`: `op/add/float32/training`, `model/llama/inference`, `special/cond`."""
-    make: Callable[[], Case]
+    make: Callable[[], Case | Sequence[Case]]
     training: bool = False
     """Whether a backward pass follows each call: into arguments that require a gradient and into parameters."""
     dynamic: bool | None = None
@@ -63,11 +63,16 @@ class Entry:
     """Time for the entry under one scheme, in seconds. When hit: the worker is killed, and `hung` recorded."""
 
 
+def stable(name: str) -> int:
+    """A number from a name, the same in every process."""
+    return zlib.crc32(name.encode())
+
+
 def seed(name: str) -> None:
     """Seed all generators from an entry's name."""
     import torch
 
-    value = zlib.crc32(name.encode())
+    value = stable(name)
     random.seed(value)
     torch.manual_seed(value)
     try:
