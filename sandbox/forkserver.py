@@ -162,7 +162,16 @@ class Forkserver:
         with self._change:
             self._change.notify_all()
 
-    def fork(self, job_id: str, folder: Path, confinement: Confinement, limits: Limits, fds: Sequence[int]) -> Keeper:
+    def fork(
+        self,
+        job_id: str,
+        folder: Path,
+        confinement: Confinement,
+        limits: Limits,
+        fds: Sequence[int],
+        *,
+        gpu: bool = False,
+    ) -> Keeper:
         """Fork a keeper for a job. ``fds``: job socket, stderr pipe, keeper socket (the child's ends).
 
         Raises:
@@ -174,6 +183,7 @@ class Forkserver:
             "scratch": str(folder),
             "confinement": confinement.model_dump_json(),
             "limits": limits.model_dump_json(),
+            "gpu": gpu,
         }
         answer = self._ask(request, fds, self._policy.forkserver.fork_timeout_seconds)
         if answer.get("event") != "forked" or answer.get("job_id") != job_id:

@@ -84,7 +84,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
     state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
     try:
         check(confinement, {"cgroup": state})
-        entered = prepare_keeper(confinement, root=str(folder.parent))
+        entered = prepare_keeper(confinement, root=str(folder.parent), gpu=request["gpu"])
         entered.states["cgroup"] = state
         before = ledger.take()
         # The template's own folder, in which we still are, holds what its warm-up has built.

@@ -201,7 +201,8 @@ def run(
         made |= ledger.links(every)
         try:
             ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
-            process = forkserver.fork(job.spec.job_id, folder, job.spec.confinement, job.spec.limits, ends)
+            spec = job.spec
+            process = forkserver.fork(spec.job_id, folder, spec.confinement, spec.limits, ends, gpu=spec.gpu)
         finally:
             os.close(stderr_end)
         started = time.monotonic()

@@ -14,6 +14,7 @@ from conftest import eventually, family, light_policy
 
 import sandbox
 from sandbox.enforce import paths
+from sandbox.jobs import Job
 from sandbox.limits import MIB, Confinement, Limits
 from sandbox.policy import ForkserverSettings
 from sandbox.processes import descendants
@@ -513,3 +514,43 @@ def test_limits_count_no_process_of_ours(light: sandbox.Sandbox) -> None:
 
     result = run(light, wait, limits=Limits(processes=1, threads=1))
     assert result.status is Status.OK, result
+
+
+@pytest.mark.parametrize(
+    "off", [(), ("pid_namespace",), ("landlock",), ("landlock", "pid_namespace"), ("mount_namespace",)]
+)
+def test_a_gpu_job_can_name_its_threads_and_write_nothing_else_in_proc(
+    light: sandbox.Sandbox, off: tuple[str, ...]
+) -> None:
+    """What CUDA needs to start; seen on a GPU, where it failed with error 304 before."""
+
+    def look() -> dict[str, bool]:
+        import os
+        import threading
+
+        paths = {
+            "own thread": f"/proc/self/task/{threading.get_native_id()}/comm",
+            "kernel": "/proc/sys/kernel/hostname",
+            "service": f"/proc/{service}/comm",
+        }
+        found = {}
+        for name, path in paths.items():
+            try:
+                os.close(os.open(path, os.O_WRONLY))
+                found[name] = True
+            except OSError:
+                found[name] = False
+        return found
+
+    service = os.getpid()
+    demands: dict[str, str] = dict.fromkeys(off, "off")
+    result: dict[bool, JobResult] = {}
+    for gpu in (False, True):
+        job = sandbox.callable_job(look, confinement=Confinement(**demands))  # type: ignore[arg-type]
+        spec = job.spec.model_copy(update={"gpu": gpu})
+        result[gpu] = light.submit(Job(spec, job.payload)).result(60)
+        need(result[gpu], *{"mount_namespace", "landlock"} - set(off))
+    assert result[True].value == {"own thread": True, "kernel": False, "service": False}
+    assert result[False].value == {"own thread": False, "kernel": False, "service": False}
+    if "mount_namespace" in off:
+        assert result[True].enforcement.mechanisms["pid_namespace"].state.value == "unavailable"

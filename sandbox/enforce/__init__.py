@@ -50,7 +50,7 @@ def prepare_template(environment: Mapping[str, str]) -> None:
 
 
 def prepare_keeper(
-    confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES, root: str = "/"
+    confinement: Confinement, shm_bytes: int = namespaces.SHM_BYTES, root: str = "/", *, gpu: bool = False
 ) -> namespaces.Entered:
     """Confine what the keeper shares with the job. ``shm_bytes`` is the size of the job's own /dev/shm; ``root``, the
     folder of scratch folders, stays in sight.
@@ -61,7 +61,7 @@ def prepare_keeper(
     Raises:
         EnforcementError: if a required mechanism is unavailable; the keeper may then be half confined: let it end.
     """
-    entered = namespaces.enter(confinement, shm_bytes, root)
+    entered = namespaces.enter(confinement, shm_bytes, root, gpu=gpu)
     entered.states["process_tree"] = privileges.adopt_orphans(confinement.process_tree)
     check(confinement, entered.states)
     return entered

@@ -27,6 +27,8 @@ TEMPORARY = ("/tmp", "/var/tmp")
 #: nobody's resident memory: this is its limit.
 SHM_BYTES = 64 * MIB
 _CAP_SYS_ADMIN = 21
+#: What stays read-only in a /proc that can be written: the kernel's own switches, which belong to root.
+_KERNEL_SWITCHES = ("sys", "sysrq-trigger", "irq", "bus", "fs", "acpi", "scsi", "driver")
 
 
 @dataclass
@@ -41,16 +43,18 @@ class Entered:
     """/dev/shm is the job's own."""
     own_pids: bool = False
     """The next child of this process is pid 1 of the job's process ids."""
+    gpu: bool = False
+    """The job may use a GPU: CUDA names its threads by files in /proc, and does not start if it cannot."""
 
 
-def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES, root: str = "/") -> Entered:
+def enter(confinement: Confinement, shm_bytes: int = SHM_BYTES, root: str = "/", *, gpu: bool = False) -> Entered:
     """Move this process into namespaces of its own, each as far as the host allows. The folder ``root`` stays where it
-    is, also if it lies in /dev/shm.
+    is, also if it lies in /dev/shm. ``gpu``: whether the job may use a GPU.
 
     Without CAP_SYS_ADMIN a user namespace comes first, in which this user has the same id and all capabilities. Its
     first child needs them; then give them up (`libc.drop_capabilities`).
     """
-    entered = Entered()
+    entered = Entered(gpu=gpu)
     plan: dict[str, tuple[Demand, Callable[[], Mechanism]]] = {
         "ipc_namespace": (confinement.ipc_namespace, _ipc),
         "mount_namespace": (confinement.mount_namespace, lambda: _mount(shm_bytes, entered, root)),
@@ -161,6 +165,9 @@ def _network() -> Mechanism:
 
 
 def _pids(entered: Entered) -> Mechanism:
+    if entered.gpu and not entered.own_mounts:
+        reason = "CUDA finds its threads in /proc, which without own mounts shows the host's process ids"
+        return Mechanism(state=State.UNAVAILABLE, reason=reason)
     # Python has no name for the link of the children's namespace: it differs from our own as soon as it is new.
     before = os.readlink("/proc/self/ns/pid_for_children")
     libc.unshare(libc.CLONE_NEWPID)
@@ -245,14 +252,29 @@ def _only_scratch(entered: Entered, scratch: str, read: Iterable[str], size: int
     try:
         if problems:
             libc.mount(scratch, scratch, None, libc.MS_BIND | libc.MS_REC)
+        threads = _own_threads(entered) if entered.gpu else []
         libc.set_read_only("/", True, recursive=True)
-        for path in {scratch, *writable} - set(read):
+        for path in ({scratch, *writable} - set(read)).union(threads):
             libc.set_read_only(os.path.realpath(path), False)
         if not os.statvfs("/").f_flag & os.ST_RDONLY:
             problems.append("/ can be written: mount_setattr was accepted but has no effect")
     except OSError as error:
         problems.append(f"the rest is not read-only, which needs Linux 5.12: {libc.reason(error)}")
     return problems
+
+
+def _own_threads(entered: Entered) -> list[str]:
+    """What of /proc can be written so that the worker can name its threads, as mounts of their own."""
+    if not entered.own_pids:
+        tasks = f"/proc/{os.getpid()}/task"  # without an init this process is the worker
+        libc.mount(tasks, tasks, None, libc.MS_BIND)
+        return [tasks]
+    if os.readlink("/proc/self") != str(os.getpid()):
+        return []  # the host's: it shows the processes of others
+    for switch in (f"/proc/{name}" for name in _KERNEL_SWITCHES):
+        if os.path.exists(switch):
+            libc.mount(switch, switch, None, libc.MS_BIND | libc.MS_REC)
+    return ["/proc"]
 
 
 def _tmpfs(place: str, size: int) -> None:

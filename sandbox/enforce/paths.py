@@ -32,6 +32,8 @@ _KERNEL = ("/proc", "/sys/devices/system", "/sys/fs/cgroup", "/sys/kernel/mm")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 #: What CUDA and ROCm use besides: their devices, and where they look for cards.
 _GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd")
+#: Of the process that asks: CUDA names its threads there, and does not start if it cannot.
+_THREADS = "/proc/self/task"
 _GPU_KERNEL = ("/sys/devices", "/sys/bus", "/sys/class", "/sys/module")
 #: Variables that name folders, separated by colons, and those that name one.
 _SEARCH = ("PATH", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_LIBRARY_PATH")
@@ -72,7 +74,7 @@ def needed(environment: Mapping[str, str], *, gpu: bool, extra: Iterable[str] = 
     devices = [f"/dev/{name}" for name in _DEVICES]
     if gpu:
         read.update(_found(_GPU_KERNEL))
-        devices += _found(_GPU_DEVICES)
+        devices += [*_found(_GPU_DEVICES), _THREADS]
     return Paths(read=_outermost(read), devices=tuple(path for path in devices if os.path.exists(path)))
 
 
