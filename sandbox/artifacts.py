@@ -3,8 +3,8 @@
 The worker writes a manifest of the files in its private cache folder. The parent takes the files over only after
 every process of the job is dead, and it *copies* them: a moved file would be the same inode, which a survivor may
 hold open. A copy is checked while it is made, in a folder of its own in the cache that is held by a lock, and appears
-under its final name in one step. A file that is there already is kept: names are hashes of contents, and another
-process may have it mapped.
+under its final name in one step. A file that is there already is kept, unless it is half a library: names are hashes of
+contents, and another process may have it mapped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import struct
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -96,7 +97,7 @@ def adopt(
             if kind not in targets:
                 continue
             target = targets[kind] / rest
-            if target.is_file():
+            if _kept(target):
                 continue
             # The job chooses the names below `debug`: one that cannot be made is its fault, not ours.
             try:
@@ -150,10 +151,34 @@ def _place(copy: Path, target: Path) -> None:
     try:
         os.link(copy, target)
     except FileExistsError:
-        if not target.is_file():
-            os.replace(copy, target)  # heals a dangling link; a folder in the way is an error
+        if not _kept(target):
+            os.replace(copy, target)  # heals a dangling link or half a library; a folder in the way is an error
     except OSError:
         os.replace(copy, target)  # a file system without hard links
+
+
+def _kept(target: Path) -> bool:
+    """Whether what has the name already stays. A host that lost power may have half a library there."""
+    return is_whole(target) if target.suffix == ".so" else target.is_file()
+
+
+def is_whole(library: Path) -> bool:
+    """Whether ``library`` is there, and as long as its ELF header says. Loading one that was cut short can end in
+    SIGBUS; what is no library at all fails when it is loaded."""
+    try:
+        with library.open("rb") as file:
+            header = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if not b"\x7fELF".startswith(header[:4]):
+        return True
+    if len(header) < 64:
+        return False
+    order = "<" if header[5] == 1 else ">"
+    (sections,) = struct.unpack_from(f"{order}Q", header, 40)  # the table of sections is what comes last
+    entry, count = struct.unpack_from(f"{order}HH", header, 58)
+    return bool(sections + entry * count <= size)
 
 
 def _open(artifact: Artifact, source: Path) -> int:

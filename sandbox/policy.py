@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ def _failed(status: Status) -> Status:
 
 Step = Literal["retry", "reduced", "in_process", "eager", "raise"]
 FailedStatus = Annotated[Status, AfterValidator(_failed)]
+#: What a pattern in `environment` never matches: TORCHINDUCTOR_REDIS_URL has a password in it.
+_NOT_BY_PATTERN = re.compile(r"REDIS|REMOTE|MANAGER|TOKEN|KEY|PASSW|SECRET|CREDENTIAL", re.IGNORECASE)
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]
 
 
@@ -172,7 +175,9 @@ class Policy(_Model):
         "PATH", "LANG", "LC_*", "TZ", "CC", "CXX", "CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH",
         "TORCHINDUCTOR_*", "TORCH_LOGS", "TRITON_*", "OMP_NUM_THREADS", "CPATH", "LIBRARY_PATH",
     )  # fmt: skip
-    """Environment variables that a child may see; `*` at the end matches any rest. All others are removed."""
+    """Environment variables that a child may see; `*` at the end matches any rest. All others are removed. A name that
+    speaks of a secret or of a remote cache (REDIS, REMOTE, MANAGER, TOKEN, KEY, PASSW, SECRET, CREDENTIAL) passes only
+    if it is written out here: a child has no network."""
     limits: Limits = Limits()
     """What one job may use."""
     ladder: Ladder = Ladder()
@@ -202,7 +207,11 @@ class Policy(_Model):
         """Those of ``variables`` that `environment` lets through."""
         exact = {name for name in self.environment if not name.endswith("*")}
         prefixes = tuple(name[:-1] for name in self.environment if name.endswith("*"))
-        return {name: value for name, value in variables.items() if name in exact or name.startswith(prefixes)}
+        return {
+            name: value
+            for name, value in variables.items()
+            if name in exact or (name.startswith(prefixes) and not _NOT_BY_PATTERN.search(name))
+        }
 
     @model_validator(mode="after")
     def _no_silent_weakening(self) -> Policy:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import pydantic_core
 import pytest
 from pydantic import ValidationError
 
@@ -173,3 +174,17 @@ def test_too_much_is_refused_as_such(job: Path, cache: dict[str, Path]) -> None:
     with pytest.raises(artifacts.ArtifactsTooLarge, match="artifact_bytes"):
         artifacts.adopt(artifacts.manifest(job), job, cache, Limits(artifact_bytes=KIB))
     assert everything(cache["inductor"].parent) == set()
+
+
+def test_half_a_library_is_replaced_and_nothing_else(job: Path, cache: dict[str, Path]) -> None:
+    library = Path(str(pydantic_core._pydantic_core.__file__)).read_bytes()
+    (job / "inductor" / "ab" / "cabc.so").write_bytes(library)
+    there = cache["inductor"] / "ab" / "cabc.so"
+    there.parent.mkdir(parents=True)
+    for half in (b"", library[:3], library[:63], library[: len(library) // 2], library[:-1]):
+        there.write_bytes(half)
+        assert not artifacts.is_whole(there)
+        artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
+        assert there.read_bytes() == library
+        assert artifacts.is_whole(there)
+    assert not artifacts.is_whole(there.with_name("gone.so"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sandbox.inductor import kernels
+from sandbox.inductor import cached
 
 KEY = "cabcdefghijklmnopqrstuvwxyz"
 TABLE = {"identity": {"key": "c0123456789", "path": "ab/cabc.so"}}
@@ -28,30 +28,30 @@ def index(cache: Path) -> Path:
 
 
 def test_it_is_found_again(cache: Path) -> None:
-    assert kernels.remembered(KEY) is None
-    kernels.remember(KEY, TABLE)
-    assert kernels.remembered(KEY) == TABLE
+    assert cached.remembered(KEY) is None
+    cached.remember(KEY, TABLE)
+    assert cached.remembered(KEY) == TABLE
 
 
 def test_it_is_not_used_when_a_library_is_gone(cache: Path) -> None:
-    kernels.remember(KEY, TABLE)
+    cached.remember(KEY, TABLE)
     (cache / "ab" / "cabc.so").unlink()
-    assert kernels.remembered(KEY) is None
+    assert cached.remembered(KEY) is None
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"x": 1}', '{"x": {"key": "k", "path": "../../../etc/x.so"}}', "\x00"]
 )
 def test_it_is_not_used_when_it_is_malformed(cache: Path, text: str) -> None:
-    kernels.remember(KEY, TABLE)
+    cached.remember(KEY, TABLE)
     index(cache).write_text(text)
-    assert kernels.remembered(KEY) is None
+    assert cached.remembered(KEY) is None
 
 
 def test_other_flags_and_other_processors_have_their_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.remember(KEY, TABLE)
+    cached.remember(KEY, TABLE)
     with torch._inductor.config.patch({"cpp.enable_unsafe_math_opt_flag": True}):
-        assert kernels.remembered(KEY) is None
-    monkeypatch.setattr(kernels, "_processor", lambda: "another one")
-    assert kernels.remembered(KEY) is None
+        assert cached.remembered(KEY) is None
+    monkeypatch.setattr(cached, "_processor", lambda: "another one")
+    assert cached.remembered(KEY) is None
     assert json.loads(index(cache).read_text()) == TABLE

@@ -56,7 +56,7 @@ LAYERS = """
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
     inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels
     inductor.logs inductor.tensors
-    inductor.pickling inductor.outputcode
+    inductor.pickling inductor.outputcode inductor.cached
     inductor.sidetable
     inductor.payload inductor.reply
     inductor.compile              # the child's side

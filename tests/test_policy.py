@@ -225,3 +225,18 @@ def test_the_schema_describes_every_key() -> None:
         for name, field in found["$defs"][model]["properties"].items():
             assert field["description"], f"{model}.{name}"
     assert Limits() == Policy().limits and Confinement() == Policy().confinement
+
+
+def test_a_pattern_lets_no_secret_and_no_remote_cache_through() -> None:
+    secret = {
+        "TORCHINDUCTOR_REDIS_URL": "redis://user:hunter2@cache:6379",
+        "TORCHINDUCTOR_REDIS_HOST": "cache",
+        "TORCHINDUCTOR_FX_GRAPH_REMOTE_CACHE": "1",
+        "TORCHINDUCTOR_SOME_TOKEN": "t",
+        "TRITON_REDIS_HOST": "cache",
+        "TRITON_CACHE_MANAGER": "triton.runtime.cache:RemoteCacheManager",
+    }
+    plain = {"TORCHINDUCTOR_FREEZING": "1", "TRITON_PTXAS_PATH": "/usr/bin/ptxas", "PATH": "/bin"}
+    assert Policy().allowed({**secret, **plain}) == plain
+    named = Policy(environment=("TORCHINDUCTOR_REDIS_URL",))
+    assert set(named.allowed({**secret, **plain})) == {"TORCHINDUCTOR_REDIS_URL"}

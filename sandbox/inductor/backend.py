@@ -9,7 +9,7 @@ import torch
 
 from sandbox.errors import PolicyError
 from sandbox.inductor import compat
-from sandbox.inductor.install import inner_of, scheme_for
+from sandbox.inductor.install import inner_of, scheme_for, using
 
 
 def sandbox(
@@ -37,7 +37,8 @@ def sandbox(
         if mode not in known:
             raise PolicyError(f"no torch.compile mode {mode!r}: allowed are {', '.join(sorted(known))}")
         settings = {**known[mode], **settings}
-    result: Callable[..., Any] = compat.whole_compile_fx(
-        gm, example_inputs, inner_compile=inner_of(scheme), config_patches=settings or None
-    )
+    with using(scheme):
+        result: Callable[..., Any] = compat.whole_compile_fx(
+            gm, example_inputs, inner_compile=inner_of(scheme), config_patches=settings or None
+        )
     return result

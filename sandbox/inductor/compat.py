@@ -120,6 +120,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._dynamo.device_interface:_device_initialized",
     "torch.cuda:_cached_device_count",
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
+    "torch._inductor.output_code:CompiledFxGraph.prepare_for_serialization",
     "torch._inductor.graph:GraphLowering.save_output_code",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_expr",
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_symexpr",

@@ -11,12 +11,20 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from sandbox.errors import UnserializableError
 from sandbox.inductor import compat, counting, devices, kernels, logs, payload, reply
+
+#: Inductor's caches on other machines: a child has no network, and asking for it would end the job.
+_REMOTE: Final = (
+    "fx_graph_remote_cache",
+    "autotune_remote_cache",
+    "bundled_autotune_remote_cache",
+    "remote_gemm_autotune_cache",
+)
 
 
 def run(
@@ -80,6 +88,7 @@ def _settings(overrides: dict[str, Any], kernel_threads: int) -> dict[str, Any]:
     if unknown:
         warnings.warn(f"no Inductor setting is called {', '.join(unknown)}; left out", stacklevel=2)
     settings = {name: value for name, value in overrides.items() if name in known}
+    settings.update({name: False for name in _REMOTE if name in known})
     # Our own threads build C++ kernels; Inductor's worker processes are never started (see _threads).
     settings["compile_threads"] = max(1, kernel_threads)
     settings["worker_start_method"] = "fork"

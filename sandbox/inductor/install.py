@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sandbox.errors import SandboxError
-from sandbox.inductor import compat, kernels
+from sandbox.inductor import cached, compat
 from sandbox.inductor.eager import eager_class
-from sandbox.inductor.scheme import Mode, Scheme, check_mode
+from sandbox.inductor.scheme import WITH_CHILDREN, Mode, Scheme, check_mode
 from sandbox.inductor.totals import total
 from sandbox.policy import Policy, load
 from sandbox.report import Stats
@@ -68,7 +69,7 @@ def uninstall() -> None:
             compat.replace_compile(_original)
             compat.replace_save_graph(_original_save)
             compat.enable_worker_pool()
-            kernels.remove_loader()
+            cached.remove()
             _original = None
     for scheme in schemes:
         scheme.close()
@@ -117,11 +118,23 @@ def scheme_for(policy: str | Path | Policy, mode: str, *, backend: bool = False)
 
 def compile_inner(scheme: Scheme, gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's `compile_fx_inner` under ``scheme``: forward graphs at once, backward graphs when they come."""
+    with using(scheme):
+        return compat.compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+@contextlib.contextmanager
+def using(scheme: Scheme) -> Iterator[None]:
+    """Inside the block, ``scheme`` has the word for what this thread compiles or loads from a cache."""
     token = _current.set(scheme)
     try:
-        return compat.compile_fx_inner(gm, example_inputs, **kwargs)
+        yield
     finally:
         _current.reset(token)
+
+
+def _in_children() -> bool:
+    scheme = _current.get() or _installed
+    return scheme is not None and scheme.mode in WITH_CHILDREN
 
 
 def _hook() -> None:
@@ -129,7 +142,7 @@ def _hook() -> None:
     if _original is None:
         _original = compat.replace_compile(_dispatch)
         _original_save = compat.replace_save_graph(_save_graph)
-        kernels.install_loader()
+        cached.install(_in_children)
         # A process that only uses the backend keeps Inductor's own workers for its other compiles.
         compat.disable_worker_pool(lambda: _installed is not None or _current.get() is not None)
 
@@ -154,7 +167,7 @@ def _dispatch(
     finally:
         with _lock:
             if _original is None:
-                kernels.remove_loader()  # uninstall() came in between, and loading has put it back
+                cached.remove()  # uninstall() came in between, and loading has put it back
 
 
 def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:

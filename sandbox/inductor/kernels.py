@@ -2,25 +2,21 @@
 
 Inductor finds a built kernel by hashing source and compiler command line, which takes a compiler, a probe of the
 vector instructions and a precompiled header. A parent should need none of them: the child notes which library
-each source became, and the parent loads exactly those while it loads the graph.
+each source became, and the parent loads exactly those while it loads the graph, and builds none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
-import platform
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from sandbox.errors import WireError
 from sandbox.inductor import compat
@@ -106,8 +102,9 @@ def install_loader() -> None:
             table = getattr(_local, "table", None)
             if table is not None:
                 identity = _identity(cls, main_code, device_type, extra_flags, optimized_code)
-                if identity in table:
-                    return _loader(cls, identity, table[identity])
+                if identity not in table:
+                    raise FileNotFoundError(errno.ENOENT, f"no library is recorded for the C++ kernel {identity[:12]}")
+                return _loader(cls, identity, table[identity])
             return original(cls, main_code, device_type, submit_fn, extra_flags, optimized_code, *args, **kwargs)
 
         def use_process_pool(cls: Any) -> bool:
@@ -117,77 +114,11 @@ def install_loader() -> None:
         owner.load_async = classmethod(load_async)
         pools.use_process_pool = classmethod(use_process_pool)
 
-        graphs = compat.CompiledFxGraph
-        deserialize = graphs.__dict__["after_deserialization"]
-
-        def after_deserialization(self: Any, constants: Any) -> Any:
-            """Inductor's, for a graph from its cache as well as for one from a child."""
-            if getattr(_local, "table", None) is not None or (table := remembered(self.cache_key)) is None:
-                return deserialize(self, constants)
-            with loading(table):
-                return deserialize(self, constants)
-
-        graphs.after_deserialization = after_deserialization
-
         def remove() -> None:
             owner.load_async = before
             pools.use_process_pool = use_pool
-            graphs.after_deserialization = deserialize
 
         _installed.append(remove)
-
-
-# What a later process finds --------------------------------------------------------------------------------------
-
-
-def remember(cache_key: str, table: dict[str, dict[str, str]]) -> None:
-    """Keep the table beside the graph's code in the user's cache, for a cache hit in a later process: that process
-    would otherwise probe the vector instructions and precompile a header itself, just to find files by their names.
-
-    Raises:
-        OSError: the cache cannot be written.
-    """
-    path = _beside(cache_key)
-    if not table or path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="ascii") as file:
-            json.dump(table, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def remembered(cache_key: str) -> dict[str, dict[str, str]] | None:
-    """The table of :func:`remember`, if it is there and so is every library that it names."""
-    try:
-        table = check(json.loads(_beside(cache_key).read_bytes()))
-    except (OSError, ValueError, WireError):
-        return None  # Inductor's own way is as good, only slower
-    cache = compat.runtime_cache_dir()
-    return table if all(os.path.exists(os.path.join(cache, entry["path"])) for entry in table.values()) else None
-
-
-@functools.cache
-def _processor() -> str:
-    """What `-march=native` and the vector-ISA probe depend on: a cache may travel to another machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-    return "\n".join([platform.machine(), *told])
-
-
-def _beside(cache_key: str) -> Path:
-    """The same code can be built with other flags, or for another processor: what decides that is part of the name."""
-    config = compat.inductor_config
-    flags = {name: repr(getattr(config, name, None)) for name in sorted(config._config) if name.startswith("cpp")}
-    digest = hashlib.sha256(json.dumps([torch.__version__, _processor(), flags]).encode()).hexdigest()[:16]
-    return Path(compat.runtime_cache_dir()) / cache_key[1:3] / f"{cache_key}.{digest}.kernels.json"
 
 
 def remove_loader() -> None:
@@ -211,9 +142,15 @@ def _loader(cls: Any, identity: str, entry: dict[str, str]) -> Callable[[], Any]
     return load
 
 
+def is_loading() -> bool:
+    """Whether this thread is inside :func:`loading`."""
+    return getattr(_local, "table", None) is not None
+
+
 @contextlib.contextmanager
 def loading(table: dict[str, dict[str, str]]) -> Iterator[None]:
-    """Inside the block, this thread loads the libraries of ``table`` instead of building them."""
+    """Inside the block, this thread loads the libraries of ``table`` and builds none: what asks for another one gets
+    FileNotFoundError."""
     install_loader()
     before = getattr(_local, "table", None)
     _local.table = table

@@ -29,7 +29,7 @@ from sandbox.errors import (
     WireError,
 )
 from sandbox.executor import Sandbox, usable_cores
-from sandbox.inductor import compat, eager, failures, identity, kernels, logs, payload, reply
+from sandbox.inductor import cached, compat, eager, failures, identity, logs, payload, reply
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
 from sandbox.policy import Policy, Step
 from sandbox.quarantine import Entry, Quarantine
@@ -40,6 +40,8 @@ log = logging.getLogger("sandbox")
 
 Mode = Literal["normal", "serialize", "subprocess"]
 MODES: Final[tuple[str, ...]] = get_args(Mode)
+#: Those that start children.
+WITH_CHILDREN: Final = ("subprocess",)
 #: Kernels built side by side in one job when the policy says 0, a count at most.
 MAX_KERNEL_THREADS = 8
 
@@ -285,7 +287,7 @@ class _Compile:
             value, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
         )
         try:
-            kernels.remember(output.cache_key, value["kernels"])
+            cached.remember(output.cache_key, value["kernels"])
         except OSError as error:
             self.recorder.swallowed(error)  # a later process takes Inductor's own, slower way
         if dropped := logs.replay_logs(value, job_id):
@@ -381,4 +383,4 @@ def cache_folders() -> dict[str, Path]:
     }
 
 
-__all__ = ["MODES", "Mode", "Scheme", "check_mode"]
+__all__ = ["MODES", "WITH_CHILDREN", "Mode", "Scheme", "check_mode"]
