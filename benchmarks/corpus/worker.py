@@ -1,6 +1,7 @@
 """A long-lived process that runs entries under one scheme: `python -m benchmarks.corpus.worker SETTINGS`.
 
-SETTINGS is JSON: `scheme` (normal, sandbox), `policy`, `mode`, `catalogue` (a module). Tasks come as lines of JSON on
+SETTINGS is JSON: `scheme` (normal, sandbox; list tells the names), `catalogue` (a module), `policy`, `mode`, `cores`
+(numbers; none means all). Tasks come as lines of JSON on
 stdin and are answered as lines of JSON on what was stdout; all that is printed goes to stderr. Folders and caches
 come by the environment, as a user would set them.
 """
@@ -30,6 +31,8 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
+    if settings.get("cores"):
+        os.sched_setaffinity(0, settings["cores"])
     catalogue = importlib.import_module(settings["catalogue"])
     if settings["scheme"] == "list":
         print(json.dumps({entry.name: entry.seconds for entry in catalogue.entries()}), file=answers, flush=True)
