@@ -328,7 +328,7 @@ def test_the_report_survives_a_program_that_is_killed(tmp_path: Path) -> None:
     assert report["in_process_reasons"] == {"mode_normal": 1}
 
 
-# demo and bench
+# demo
 
 
 @pytest.mark.slow
@@ -356,22 +356,6 @@ def test_demo_fails_for_whatever_is_not_as_it_must_be() -> None:
     assert "boom" in demo.judge([demo.Outcome("conv", "training", error="boom")], stats)[0]
     assert "only 0" in demo.judge([fine], Stats(mode="subprocess", graphs=1, in_process=1))[0]
     assert "1 fd" in demo.judge([fine], stats.model_copy(update={"leaks": {"fd": 1}}))[0]
-
-
-def test_bench_ratios_are_of_medians_and_by_round() -> None:
-    from sandbox.cli.bench import summarise
-
-    def run(scheme: str, round_: int, total: float) -> dict[str, Any]:
-        return {
-            "measure": "steady", "cache": "off", "scheme": scheme, "round": round_, "total": total, "isolated": 0,
-            "cache_hits": 0, "graphs": {"softmax": total}, "times": {"install": 0.5},
-        }  # fmt: skip
-
-    runs = [run("normal", 0, 1.0), run("normal", 1, 2.0), run("sandbox", 0, 1.5), run("sandbox", 1, 2.0)]
-    rows = summarise([*runs, {**run("sandbox", 2, 9.0), "error": "no answer"}])
-    assert [row["scheme"] for row in rows] == ["normal", "sandbox"]
-    assert rows[1]["ratio_of_medians"] == pytest.approx(1.75 / 1.5)
-    assert rows[1]["ratios_by_round"] == [1.0, 1.5]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ LAYERS = """
     inductor.sidetable
     inductor.payload inductor.reply
     inductor.compile              # the child's side
+    inductor.samples              # the template's warm-up
+    inductor.warmup
     inductor.job
     inductor.scheme               # the parent's side
     inductor.install
@@ -69,8 +71,12 @@ LAYERS = """
 
     sandbox                       # the public API
 
-    cli.output cli.models cli.bench_graphs
-    cli.program cli.policy cli.quarantine cli.check cli.bench_worker cli.bench_corpus cli.faults_host
+    cli.output cli.models cli.bench.graphs cli.bench.plot
+    cli.program cli.policy cli.quarantine cli.check cli.bench_corpus cli.faults_host
+    cli.bench.summary
+    cli.bench.compiles cli.bench.costs
+    cli.bench.serving
+    cli.bench.worker
     cli.doctor cli.bench cli.run cli.demo cli.replay cli.faults
     cli
     __main__
@@ -78,7 +84,7 @@ LAYERS = """
 
 #: What is imported by name, so that a process loads only what it needs: `importer: {imported}`.
 BY_NAME = {
-    "sandbox.template": {"sandbox.inductor.compat", "sandbox.inductor.compile", "sandbox.inductor.job"},
+    "sandbox.template": {"sandbox.inductor.compat", "sandbox.inductor.job", "sandbox.inductor.warmup"},
 }
 #: Modules that may import these packages when they are imported themselves, and those that may do so in a function.
 HEAVY = ("torch", "triton", "transformers")
@@ -87,13 +93,13 @@ HEAVY_AT_TOP = (
     "sandbox.triton",
     "sandbox.cli.models",
     "sandbox.cli.check",
-    "sandbox.cli.bench_graphs",
+    "sandbox.cli.bench.graphs",
 )
 HEAVY_IN_FUNCTIONS = (*HEAVY_AT_TOP, "sandbox.cli")
 #: Private names of torch outside `sandbox.inductor.compat`. Each is documented by PyTorch, or is what is measured.
 PRIVATE = {
-    ("sandbox.cli.bench_worker", "torch._dynamo"),
-    ("sandbox.cli.bench_worker", "torch._inductor.compile_fx"),
+    ("sandbox.cli.bench.compiles", "torch._dynamo"),
+    ("sandbox.cli.bench.compiles", "torch._inductor.compile_fx"),
 }
 PUBLIC = [
     "CompileFailed",

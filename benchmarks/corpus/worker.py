@@ -1,7 +1,6 @@
 """A long-lived process that runs entries under one scheme: `python -m benchmarks.corpus.worker SETTINGS`.
 
-SETTINGS is JSON: `scheme` (normal, sandbox; list tells the names), `catalogue` (a module), `policy`, `mode`, `cores`
-(numbers; none means all). Tasks come as lines of JSON on
+SETTINGS is JSON: `scheme` (normal, sandbox), `policy`, `mode`, `catalogue` (a module). Tasks come as lines of JSON on
 stdin and are answered as lines of JSON on what was stdout; all that is printed goes to stderr. Folders and caches
 come by the environment, as a user would set them.
 """
@@ -31,8 +30,6 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    if settings.get("cores"):
-        os.sched_setaffinity(0, settings["cores"])
     catalogue = importlib.import_module(settings["catalogue"])
     if settings["scheme"] == "list":
         print(json.dumps({entry.name: entry.seconds for entry in catalogue.entries()}), file=answers, flush=True)
@@ -60,7 +57,7 @@ class Worker:
         import torch
 
         from benchmarks.corpus.execution import execute
-        from sandbox.cli.bench_graphs import WARM
+        from sandbox.cli.bench.graphs import FIRST
         from sandbox.inductor import compat
 
         started = time.perf_counter()
@@ -70,7 +67,7 @@ class Worker:
             self._install()
         inner = compat.replace_compile(lambda *args, **kwargs: self._counted(inner, *args, **kwargs))
         self._execute = execute
-        function, inputs = WARM.make()
+        function, inputs = FIRST.make(0)
         with torch.no_grad():
             torch.compile(function)(*inputs)
         return {"ready": True, "seconds": time.perf_counter() - started, "torch": torch.__version__}

@@ -3,7 +3,7 @@
     __init__   the parser and `main`
     output     errors, JSON, tables: what all commands share
     policy     doctor     quarantine     replay     run (program)     demo (models, check)     faults (faults_host)
-    bench (bench_worker, bench_graphs)
+    bench/ (bench_corpus)
 
 No module here imports torch at its top: `sandbox --help` and `sandbox policy` answer at once.
 """

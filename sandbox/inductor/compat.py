@@ -100,6 +100,8 @@ NAMES: Final[Mapping[str, Private]] = {
     "AsyncCompile": Private("torch._inductor.async_compile:AsyncCompile"),
     "codecache": Private("torch._inductor.codecache"),
     "CppCodeCache": Private("torch._inductor.codecache:CppCodeCache"),
+    "vec_isas": Private("torch._inductor.cpu_vec_isa:supported_vec_isa_list", ("2.13",)),
+    "x86_flags": Private("torch._inductor.cpu_vec_isa:x86_isa_checker", ("2.13",)),
     "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
     "structured_trace": Private("torch._logging._internal:trace_log"),
 }

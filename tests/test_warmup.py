@@ -1,0 +1,48 @@
+"""The template's warm-up: every sample graph can be lowered, and nothing of it stays in the way of a fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+#: In a process of its own: the answers of the probe, which are taken for granted here, stay in it.
+PROGRAM = """
+import os, warnings
+from sandbox.inductor import compat, compile, samples, warmup
+
+warnings.simplefilter("error", UserWarning)
+warmup._no_progress_thread()
+seen = []
+def run(data, overrides, threads):
+    value = compile.run(data, overrides, threads)
+    seen.append(len(value["kernels"]))
+    return value
+warmup.run = run
+with compat.inductor_config.patch({"cpp.vec_isa_ok": True}):
+    warmup._lower()
+assert len(seen) == len(list(samples.lowered())), seen
+assert not any(seen), f"kernels were built: {seen}"
+assert len(os.listdir("/proc/self/task")) == 1, "a thread is left"
+
+samples.lowered = lambda: [("broken", lambda: 1 / 0)]
+try:
+    warmup._lower()
+except UserWarning as warning:
+    print(warning)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_sample_is_lowered_and_no_thread_stays(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+    single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment | single, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'broken' could not be lowered: division by zero" in done.stdout
