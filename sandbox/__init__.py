@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sandbox.callables import job as callable_job
     from sandbox.errors import CompileFailed, PolicyError, SandboxError
     from sandbox.executor import Sandbox
-    from sandbox.inductor.install import install, stats, uninstall
+    from sandbox.inductor.install import install, stats, uninstall, wait
     from sandbox.limits import Confinement, Limits
     from sandbox.policy import Policy
     from sandbox.report import Stats
@@ -28,6 +28,7 @@ _WHERE = {
     "install": "sandbox.inductor.install:install",
     "uninstall": "sandbox.inductor.install:uninstall",
     "stats": "sandbox.inductor.install:stats",
+    "wait": "sandbox.inductor.install:wait",
     "Stats": "sandbox.report:Stats",
     "Sandbox": "sandbox.executor:Sandbox",
     "Policy": "sandbox.policy:Policy",
@@ -59,6 +60,7 @@ __all__ = [
     "stats",
     "triton_job",
     "uninstall",
+    "wait",
 ]
 
 

@@ -71,7 +71,7 @@ class Sandbox:
         self._cache = cache
         self._admission = admission.shared()
         self._breaker = Breaker(self.policy.breaker)
-        self._slots = self.policy.parallel_jobs or usable_cores()
+        self.slots = self.policy.parallel_jobs or usable_cores()
         self._capsules = Writer(self.policy, self.recorder.swallowed)
         self._lock = threading.Lock()
         self._tasks: dict[str, _Task] = {}
@@ -132,7 +132,7 @@ class Sandbox:
                 raise SandboxError("the sandbox was closed")
             if job.spec.job_id in self._tasks:
                 raise SandboxError(f"{job.spec.job_id} is waiting or running already: make a new job")
-            if len(self._threads) < self._slots:
+            if len(self._threads) < self.slots:
                 thread = threading.Thread(target=self._drain, name="sandbox-job", daemon=True)
                 try:
                     thread.start()

@@ -66,6 +66,9 @@ class _JobBase(_Model):
     kernel_threads: Annotated[int, Field(ge=1, le=256)] = 2
     """How many kernels of the job are built side by side, a count of threads."""
 
+    nice: Annotated[int, Field(ge=0, le=19)] = 0
+    """How far the job's processes step back behind others where cores are short: 0 to 19, as of `nice`."""
+
     compile_id: Annotated[str, Field(max_length=64)] | None = None
     """Dynamo's compile id (`frame/attempt`), for logs."""
 

@@ -147,6 +147,14 @@ class QuarantineSettings(_Model):
     """How long an entry counts after the newest kill, in days. When over: the graph gets a child again."""
 
 
+class DeferredSettings(_Model):
+    """The modes `async` and `progressive`: compiles that nobody waits for."""
+
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """How far their children step back behind the service where cores are short, as of `nice`: 0 (not at all) to 19.
+    At 10 they get about a tenth of a core that the service keeps busy, and all of one that is idle."""
+
+
 class Policy(_Model):
     """What sandboxed compiles may do and what happens when they fail. Read from TOML, see `policies/`."""
 
@@ -194,6 +202,8 @@ class Policy(_Model):
     """The memory of graphs that have killed a child."""
     capsule: CapsuleSettings = CapsuleSettings()
     """What a failed job leaves for `sandbox replay`."""
+    deferred: DeferredSettings = DeferredSettings()
+    """Compiles that nobody waits for."""
     reduced: dict[str, Scalar] = {
         "max_autotune": False,
         "max_autotune_gemm": False,
@@ -202,6 +212,15 @@ class Policy(_Model):
         "cpp.max_horizontal_fusion_size": 1,
     }
     """Inductor settings of the ladder's step `reduced`, by dotted name under `torch._inductor.config`."""
+    quick: dict[str, Scalar] = {
+        "max_autotune": False,
+        "max_autotune_gemm": False,
+        "coordinate_descent_tuning": False,
+        "epilogue_fusion": False,
+        "cpp.max_horizontal_fusion_size": 1,
+    }
+    """Inductor settings of the first, quick compile of the mode `progressive`, by dotted name under
+    `torch._inductor.config`. The better code is compiled with the caller's own."""
 
     def allowed(self, variables: Mapping[str, str]) -> dict[str, str]:
         """Those of ``variables`` that `environment` lets through."""

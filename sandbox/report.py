@@ -26,7 +26,7 @@ class JobRow(_Model):
     name: str
     """What was compiled: the graph's name and Dynamo's compile id, or the function."""
     step: str
-    """Which step of the ladder started it: `first`, `retry` or `reduced`."""
+    """Which step of the ladder started it: `first`, `retry` or `reduced`; `quick`: the first of `progressive`."""
     status: str
     detail: str
     usage: Usage
@@ -65,11 +65,17 @@ class Stats(_Model):
     in_process: int = 0
     """Graphs compiled in this process."""
     eager: int = 0
-    """Graphs that run uncompiled."""
+    """Graphs that run uncompiled; in the mode `async`, also those that still do."""
     raised: int = 0
     """Graphs whose compile raised to the caller."""
     in_process_reasons: dict[str, int] = {}
     """Why graphs were compiled in this process, a count per reason."""
+    pending: int = 0
+    """Of the modes `async` and `progressive`: graphs whose better code is under way, now."""
+    switched: int = 0
+    """Graphs that run their better code by now."""
+    kept: dict[str, int] = {}
+    """Why graphs keep the code that they began with, a count per reason."""
     outcomes: dict[str, int] = {}
     """How children ended, a count per status."""
     fallbacks: dict[str, int] = {}
@@ -106,6 +112,9 @@ class Recorder:
         self.mode = ""
         self._graphs: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._pending = 0
+        self._switched = 0
+        self._kept: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._leaks: Counter[str] = Counter()
@@ -124,6 +133,34 @@ class Recorder:
         with self._lock:
             known = reason in self._reasons or len(self._reasons) < MAX_REASONS
             self._reasons[reason if known else "other"] += 1
+
+    def began(self) -> None:
+        """The better code of a graph is under way."""
+        with self._lock:
+            self._pending += 1
+
+    def switched(self, was: str) -> None:
+        """It is there. ``was``: what the graph was counted as."""
+        with self._lock:
+            self._pending -= 1
+            self._switched += 1
+            self._graphs[was] -= 1
+            self._graphs["in_child"] += 1
+
+    def switched_back(self, was: str, reason: str) -> None:
+        """The better code is not used any more."""
+        with self._lock:
+            self._switched -= 1
+            self._graphs["in_child"] -= 1
+            self._graphs[was] += 1
+        self.kept(reason)
+
+    def kept(self, reason: str, *, begun: bool = False) -> None:
+        """A graph keeps the code that it began with. ``begun``: its better code was under way."""
+        with self._lock:
+            self._pending -= begun
+            known = reason in self._kept or len(self._kept) < MAX_REASONS
+            self._kept[reason if known else "other"] += 1
 
     def fallback(self, step: str) -> None:
         """A step of the ladder was taken."""
@@ -180,6 +217,9 @@ class Recorder:
                 eager=self._graphs["eager"],
                 raised=self._graphs["raised"],
                 in_process_reasons=dict(self._reasons),
+                pending=self._pending,
+                switched=self._switched,
+                kept=dict(self._kept),
                 outcomes=dict(self._outcomes),
                 fallbacks=dict(self._fallbacks),
                 leaks=dict(leaked),

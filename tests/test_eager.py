@@ -214,7 +214,7 @@ def test_a_refused_eager_says_why() -> None:
         scheme.close()
         three = _Compile(scheme, _graph_on("cpu"), [torch.ones(1)], [], {}, None)
         three._encoded = lambda: b"x"  # type: ignore[method-assign]
-        output, result = three._attempt("first")
+        output, result = three._attempt("first", three._way(three._load))
         assert output is None and result.status == "sandbox_error" and "closed" in result.detail
     finally:
         scheme.close()

@@ -348,7 +348,7 @@ def test_the_modes_in_this_process(mode: str) -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(sandbox.PolicyError, match="allowed are normal, serialize, subprocess"):
+    with pytest.raises(sandbox.PolicyError, match="allowed are normal, serialize, subprocess, async, progressive"):
         sandbox.install(mode="sideways")
 
 

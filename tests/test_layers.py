@@ -55,10 +55,11 @@ LAYERS = """
     triton inductor
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
     inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels
-    inductor.logs inductor.tensors
+    inductor.logs inductor.tensors inductor.workers inductor.deferred
     inductor.pickling inductor.outputcode inductor.cached
     inductor.sidetable
     inductor.payload inductor.reply
+    inductor.later                # compiles that nobody waits for
     inductor.compile              # the child's side
     inductor.samples              # the template's warm-up
     inductor.warmup
@@ -118,6 +119,7 @@ PUBLIC = [
     "stats",
     "triton_job",
     "uninstall",
+    "wait",
 ]
 
 

@@ -284,7 +284,7 @@ def test_every_setting_says_what_it_means(model: type[BaseModel]) -> None:
             continue  # the discriminator, said by the class
         assert field.description and field.description.endswith((".", "`")), f"{model.__name__}.{name}"
         kinds = {"int", "float"} & set(re.findall(r"\w+", str(field.annotation)))
-        if kinds and name not in ("schema_version", "constants", "config_overrides", "reduced"):
+        if kinds and name not in ("schema_version", "constants", "config_overrides", "reduced", "quick", "nice"):
             assert UNITS.search(field.description.lower()), f"{model.__name__}.{name} names no unit"
 
 

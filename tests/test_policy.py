@@ -30,7 +30,7 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def flat(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in table.items():
-        if isinstance(value, dict) and prefix + name != "reduced":
+        if isinstance(value, dict) and prefix + name not in ("reduced", "quick"):
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -24,7 +24,7 @@ BAD_INPUT: Final = 2
 #: What a shell gives a command that Ctrl-C ended: 128 + SIGINT.
 INTERRUPTED: Final = 130
 #: The modes that `install` knows, told here so that a wrong one is refused before torch is imported; a test compares.
-MODES: Final = ("normal", "serialize", "subprocess")
+MODES: Final = ("normal", "serialize", "subprocess", "async", "progressive")
 #: Columns of a table when the output is not a terminal, so that logs and pipes are not squeezed into 80.
 WIDTH: Final = 140
 
@@ -88,7 +88,8 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
         "--mode",
         metavar="M",
         default=os.environ.get("TORCH_COMPILE_SANDBOX_MODE") or "subprocess",
-        help="subprocess: each graph in a child; serialize: through the same bytes, in this process, for debugging; "
+        help="subprocess: each graph in a child; async: the same, but it runs uncompiled until then; progressive: "
+        "compiled in a hurry, then better; serialize: through the same bytes, in this process, for debugging; "
         "normal: in this process, only counted. Default: $TORCH_COMPILE_SANDBOX_MODE, or else `subprocess`",
     )
 

@@ -175,6 +175,9 @@ def summary(stats: Stats, report: Path | None = None) -> str:
         f"{stats.eager} run uncompiled",
         f"{stats.children_started} children, {leaks} leaks",
     ]
+    if stats.pending or stats.kept:
+        kept = sum(stats.kept.values())
+        words.append(f"{stats.switched} exchanged for better code, {kept} not, {stats.pending} under way")
     if stats.in_process_reasons:
         words.append("in this process because: " + ", ".join(sorted(stats.in_process_reasons)))
     if report is not None:

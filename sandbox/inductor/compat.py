@@ -48,6 +48,7 @@ NAMES: Final[Mapping[str, Private]] = {
     "CompileId": Private("torch._guards:CompileId"),
     "compile_context": Private("torch._guards:compile_context"),
     "detect_fake_mode": Private("torch._guards:detect_fake_mode"),
+    "compile_lock": Private("torch._dynamo.convert_frame:compile_lock"),
     "V": Private("torch._inductor.virtualized:V"),
     "DebugContext": Private("torch._inductor.debug:DebugContext"),
     # Graphs, fake tensors, symbols.
@@ -60,6 +61,8 @@ NAMES: Final[Mapping[str, Private]] = {
     "HigherOrderOperator": Private("torch._ops:HigherOrderOperator"),
     "higher_order_ops": Private("torch._ops:_higher_order_ops"),
     "ShapeEnv": Private("torch.fx.experimental.symbolic_shapes:ShapeEnv"),
+    "SYMPY_INTERP": Private("torch.fx.experimental.symbolic_shapes:SYMPY_INTERP"),
+    "PythonPrinter": Private("torch.utils._sympy.printers:PythonPrinter"),
     "SymNode": Private("torch.fx.experimental.sym_node:SymNode"),
     "sympy_functions": Private("torch.utils._sympy.functions"),
     "shape_env_from_inputs": Private("torch._inductor.utils:shape_env_from_inputs"),
@@ -234,6 +237,16 @@ def compile_in_process(
     if hasattr(scheme, "compile_region_name"):
         scheme.compile_region_name = region
     return scheme.codegen_and_compile(gm, example_inputs, inputs_to_check, graph_kwargs)
+
+
+def makes_packages() -> bool:
+    """Whether compiled graphs are wanted as such, to be kept: a bundled cache, a precompile, `standalone_compile`."""
+    functorch, dynamo = _look_up(NAMES["functorch_config"].where), _look_up(NAMES["dynamo_config"].where)
+    return bool(
+        getattr(functorch, "bundled_autograd_cache", False)
+        or getattr(functorch, "force_non_lazy_backward_lowering", False)
+        or getattr(dynamo, "caching_precompile", False)
+    )
 
 
 _pool_lock = threading.Lock()

@@ -30,7 +30,8 @@ def _random_nodes(gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
             yield from (n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _RANDOM)
 
 
-def _seeded_on_gpu(gm: torch.fx.GraphModule) -> bool:
+def seeded_on_gpu(gm: torch.fx.GraphModule) -> bool:
+    """Whether it draws numbers from seeds on a GPU, where compiled and uncompiled code draw different ones."""
     for node in _random_nodes(gm):
         value = node.meta.get("val")
         if str(node.target) in _SEEDED and isinstance(value, torch.Tensor) and value.device.type != "cpu":
@@ -50,7 +51,7 @@ def mixes(gm: torch.fx.GraphModule, graph_kwargs: dict[str, Any], *, uncompiled:
     On the CPU compiled and uncompiled numbers are the same. On a GPU they are not (see `sandbox.inductor.philox`), so
     there a backward graph with seeded random ops has to run as its forward graph did.
     """
-    if not graph_kwargs.get("is_backward") or not _seeded_on_gpu(gm):
+    if not graph_kwargs.get("is_backward") or not seeded_on_gpu(gm):
         return False
     return (graph_kwargs.get("graph_id") in _uncompiled_forwards) is not uncompiled
 

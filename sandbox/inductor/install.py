@@ -7,12 +7,14 @@ import contextvars
 import functools
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sandbox.errors import SandboxError
 from sandbox.inductor import cached, compat
+from sandbox.inductor.deferred import Saving, deferred_class
 from sandbox.inductor.eager import eager_class
 from sandbox.inductor.scheme import WITH_CHILDREN, Mode, Scheme, check_mode
 from sandbox.inductor.totals import total
@@ -39,8 +41,10 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
 
     Args:
         policy: a shipped name, a path to a TOML file, or a Policy.
-        mode: `subprocess` (each graph in a child), `serialize` (through the same bytes, in this process; for
-            debugging) or `normal` (in this process; counted).
+        mode: `subprocess` (each graph in a child), `async` (the same, but the graph runs uncompiled until it is
+            compiled, and nobody waits), `progressive` (compiled in a hurry, then better, for which nobody waits),
+            `serialize` (through the same bytes, in this process; for debugging) or `normal` (in this process;
+            counted).
 
     Raises:
         PolicyError: policy or mode are wrong; nothing has changed then.
@@ -73,6 +77,24 @@ def uninstall() -> None:
             _original = None
     for scheme in schemes:
         scheme.close()
+    with _lock:
+        if _original is None:
+            cached.remove()  # a graph that was being loaded meanwhile has put it back
+
+
+def wait(seconds: float | None = None) -> bool:
+    """Block until no compile is under way that nobody waits for: those of the modes `async` and `progressive`.
+
+    Args:
+        seconds: at most that long; None: as long as it takes, which the limits of the policy bound.
+
+    Returns:
+        Whether none is. Each graph has its better code then, or `sandbox.stats().kept` says why not.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    with _lock:
+        schemes = [scheme for key, scheme in _schemes.items() if key[2] == os.getpid()]
+    return all([s.workers.wait(None if end is None else max(0.0, end - time.monotonic())) for s in schemes])
 
 
 def stats() -> Stats:
@@ -110,7 +132,7 @@ def scheme_for(policy: str | Path | Policy, mode: str, *, backend: bool = False)
             scheme = _schemes[key] = Scheme(loaded, checked)
             if backend:
                 _of_backends.add(key)
-            if checked == "subprocess":
+            if checked in WITH_CHILDREN:
                 scheme.sandbox.start()
         _hook()
         return scheme
@@ -171,11 +193,14 @@ def _dispatch(
 
 
 def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:
-    """What stands in for `FxGraphCache._save_graph`: uncompiled graphs have nothing to save."""
+    """What stands in for `FxGraphCache._save_graph`: uncompiled graphs have nothing to save, deferred ones not yet."""
     if isinstance(compiled_graph, eager_class()):
         return None
     if _original_save is None:
         raise SandboxError("the cache hook was called after uninstall()")
+    if isinstance(compiled_graph, deferred_class()):
+        compiled_graph.saving = Saving(_original_save, key, *args, **kwargs)
+        return None
     return _original_save(key, compiled_graph, *args, **kwargs)
 
 
@@ -185,4 +210,4 @@ def inner_of(scheme: Scheme) -> Any:
     return functools.partial(compile_inner, scheme)
 
 
-__all__ = ["Mode", "install", "installed", "scheme_for", "stats", "uninstall"]
+__all__ = ["Mode", "install", "installed", "scheme_for", "stats", "uninstall", "wait"]

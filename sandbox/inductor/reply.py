@@ -8,6 +8,7 @@ against a table, and one :class:`Budget` for all of it. Malformed data is a Wire
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -19,7 +20,7 @@ from sandbox.inductor.budget import Budget
 from sandbox.inductor.logs import replay_logs
 from sandbox.inductor.outputcode import constants_of
 
-__all__ = ["constants_of", "decode_graph", "encode_graph", "replay_logs", "symbols_of"]
+__all__ = ["Sizes", "constants_of", "decode_graph", "decode_later", "encode_graph", "replay_logs", "symbols_of"]
 
 
 # In the child -------------------------------------------------------------------------------------------------
@@ -77,51 +78,125 @@ def decode_graph(
     """
     budget = Budget()
     shape_env = _shape_env(example_inputs)
+    checked = _checked(data, gm, len(example_inputs), Sizes.of(shape_env), budget, shape_env)
+    code = _loaded(checked, data, gm, inputs_to_check, graph_kwargs, region)
+    budget.restart()
+    for expr, size_oblivious in checked.guards:
+        budget.spend("guards", 0)  # looks at the clock
+        _add_guard(shape_env, expr, size_oblivious)
+    if bool(graph_kwargs.get("cudagraphs")) and code.disabled_cudagraphs_reason:
+        compat.BoxedBool.disable(graph_kwargs["cudagraphs"])
+    _hand_on(code, data)
+    return code
+
+
+def decode_later(
+    data: Any,
+    gm: torch.fx.GraphModule,
+    sizes: Sizes,
+    inputs: int,
+    inputs_to_check: Sequence[int],
+    graph_kwargs: dict[str, Any],
+    region: str | None = None,
+) -> tuple[Any, list[Any]]:
+    """:func:`decode_graph` when it is too late for guards, in any thread: no ShapeEnv is read or changed.
+
+    Args:
+        sizes: :meth:`Sizes.here` when the graph was traced.
+        inputs: of the graph, a count.
+
+    Returns:
+        The OutputCode, and the guards: expressions that must be true of the sizes of each call.
+
+    Raises:
+        WireError, UnserializableError: as :func:`decode_graph`.
+    """
+    checked = _checked(data, gm, inputs, sizes, Budget())
+    code = _loaded(checked, data, gm, inputs_to_check, graph_kwargs, region)
+    _hand_on(code, data)
+    return code, [expr for expr, _ in checked.guards]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What this process knows of the symbolic sizes of a graph."""
+
+    symbols: dict[str, Any]
+    """The symbols by name."""
+    hints: dict[Any, Any]
+    """Symbol -> the value that it had when traced."""
+    symbolic: bool
+    """Whether there may be guards over them."""
+
+    @staticmethod
+    def of(shape_env: Any) -> Sizes:
+        """Those of a ShapeEnv, or of none."""
+        return Sizes(_symbols(shape_env), dict(compat.hints_of(shape_env)) if shape_env else {}, shape_env is not None)
+
+    @staticmethod
+    def here(example_inputs: Sequence[Any]) -> Sizes:
+        """Those of the graph that this thread is compiling."""
+        return Sizes.of(_shape_env(example_inputs))
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A reply that is well-formed. Nothing is applied or loaded yet."""
+
+    kernels: dict[str, dict[str, str]]
+    guards: list[tuple[Any, bool]]
+    code: Any
+
+
+def _checked(
+    data: Any, gm: torch.fx.GraphModule, inputs: int, sizes: Sizes, budget: Budget, shape_env: Any = None
+) -> _Checked:
+    """``shape_env``: where Inductor is going to evaluate the strides at once."""
     try:
-        built, guards, code = _checked(data, gm, len(example_inputs), shape_env, budget)
+        budget.admit(data)
+        if not isinstance(data, dict):
+            raise WireError("the reply is not a table")
+        built = kernels.check(data.get("kernels"))
+        counting.check(data.get("counts"))
+        logs.check(data)
+        guards = _guards(data.get("guards"), sizes, budget)
+        code = outputcode.decode(data.get("graph"), gm, frozenset(sizes.symbols), inputs, budget)
+        _try_strides(code.output_strides, shape_env)
     except SandboxError:
         raise
     except Exception as error:
         raise WireError(f"the reply cannot be read: {type(error).__name__}") from error
+    return _Checked(built, guards, code)
+
+
+def _loaded(
+    checked: _Checked,
+    data: dict[str, Any],
+    gm: torch.fx.GraphModule,
+    inputs_to_check: Sequence[int],
+    graph_kwargs: dict[str, Any],
+    region: str | None,
+) -> Any:
+    code = checked.code
     code.compile_region_name = region
     code.fx_kwargs = graph_kwargs
     code.inputs_to_check = inputs_to_check
     if data["graph"].get("_wrap_compiled_regions"):
         code._original_gm = _without_metadata(gm)
     constants = compat.CompiledFxGraphConstantsWithGm(gm)
-    with kernels.loading(built):
+    with kernels.loading(checked.kernels):
         try:
             code.after_deserialization(constants)
         except Exception as error:
             # Generated code may raise anything when it is imported.
             raise WireError(f"the compiled graph cannot be loaded: {type(error).__name__}: {error}") from error
-    budget.restart()
-    for expr, size_oblivious in guards:
-        budget.spend("guards", 0)  # looks at the clock
-        _add_guard(shape_env, expr, size_oblivious)
-    if bool(graph_kwargs.get("cudagraphs")) and code.disabled_cudagraphs_reason:
-        compat.BoxedBool.disable(graph_kwargs["cudagraphs"])
-    counting.apply(data["counts"])
-    if compat.GraphLowering.save_output_code is not None:
-        compat.GraphLowering.save_output_code(code.source_code)
     return code
 
 
-def _checked(
-    data: Any, gm: torch.fx.GraphModule, inputs: int, shape_env: Any, budget: Budget
-) -> tuple[dict[str, dict[str, str]], list[tuple[Any, bool]], Any]:
-    """The table of kernels, the guards and the graph of a reply. Nothing is applied or loaded yet."""
-    budget.admit(data)
-    if not isinstance(data, dict):
-        raise WireError("the reply is not a table")
-    symbols = _symbols(shape_env)
-    built = kernels.check(data.get("kernels"))
-    counting.check(data.get("counts"))
-    logs.check(data)
-    guards = _guards(data.get("guards"), shape_env, symbols, budget)
-    code = outputcode.decode(data.get("graph"), gm, frozenset(symbols), inputs, budget)
-    _try_strides(code.output_strides, shape_env)
-    return built, guards, code
+def _hand_on(code: Any, data: dict[str, Any]) -> None:
+    counting.apply(data["counts"])
+    if compat.GraphLowering.save_output_code is not None:
+        compat.GraphLowering.save_output_code(code.source_code)
 
 
 def _try_strides(strides: list[tuple[str, ...] | None] | None, shape_env: Any) -> None:
@@ -170,18 +245,17 @@ def _symbols(shape_env: Any) -> dict[str, Any]:
     return {symbol.name: symbol for symbol in [*shape_env.var_to_range, *compat.hints_of(shape_env)]}
 
 
-def _guards(data: Any, shape_env: Any, symbols: dict[str, Any], budget: Budget) -> list[tuple[Any, bool]]:
-    if not isinstance(data, list) or (data and shape_env is None):
+def _guards(data: Any, sizes: Sizes, budget: Budget) -> list[tuple[Any, bool]]:
+    if not isinstance(data, list) or (data and not sizes.symbolic):
         raise WireError("the reply's guards are malformed, or there is no ShapeEnv to add them to")
-    hints = compat.hints_of(shape_env) if data else {}
     found = []
     for item in data:
         budget.spend("guards")
         match item:
             case {"expr": list(expr), "size_oblivious": bool(oblivious), **rest} if not rest:
-                made = expressions.decode(expr, symbols, budget)
+                made = expressions.decode(expr, sizes.symbols, budget)
                 # Before any is added: one that is false for the traced sizes spoils all.
-                if made.xreplace(hints) == sympy.false:
+                if made.xreplace(sizes.hints) == sympy.false:
                     raise WireError("a guard of the reply does not hold for the shapes that were traced")
                 found.append((made, oblivious))
             case _:

@@ -8,11 +8,15 @@ graph ─▶ payload ─▶ job ─▶ child ─▶ reply ─▶ artifacts in th
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -29,7 +33,9 @@ from sandbox.errors import (
     WireError,
 )
 from sandbox.executor import Sandbox, usable_cores
-from sandbox.inductor import cached, compat, eager, failures, identity, logs, payload, reply
+from sandbox.inductor import cached, compat, deferred, eager, failures, identity, logs, payload, reply
+from sandbox.inductor.later import Kept, Later
+from sandbox.inductor.workers import Workers
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
 from sandbox.policy import Policy, Step
 from sandbox.quarantine import Entry, Quarantine
@@ -38,10 +44,12 @@ from sandbox.results import KILLERS, JobResult, LeakReport, Status, printable
 
 log = logging.getLogger("sandbox")
 
-Mode = Literal["normal", "serialize", "subprocess"]
+Mode = Literal["normal", "serialize", "subprocess", "async", "progressive"]
 MODES: Final[tuple[str, ...]] = get_args(Mode)
 #: Those that start children.
-WITH_CHILDREN: Final = ("subprocess",)
+WITH_CHILDREN: Final = ("subprocess", "async", "progressive")
+#: Seconds that :meth:`Scheme.close` waits for a graph that is being loaded, at most.
+CLOSE_SECONDS: Final = 1.5
 #: Kernels built side by side in one job when the policy says 0, a count at most.
 MAX_KERNEL_THREADS = 8
 
@@ -66,7 +74,11 @@ class Scheme:
         self.mode = mode
         self.sandbox = Sandbox(policy)
         self.sandbox.recorder.mode = mode
+        slots = self.sandbox.slots
+        # In `progressive` one is left to the quick compiles, which somebody waits for.
+        self.workers = Workers(slots if mode == "async" else max(1, slots - 1))
         self.closed = False
+        _OPEN.add(self)
         self._warned: set[str] = set()
         self._warned_lock = threading.Lock()
         settings = policy.quarantine
@@ -89,9 +101,13 @@ class Scheme:
         return _Compile(self, gm, example_inputs, inputs_to_check, graph_kwargs, region).run()
 
     def close(self) -> None:
-        """End the forkserver and cancel what runs."""
+        """End the forkserver and cancel what runs. Graphs whose better code is under way stay as they are."""
         self.closed = True
+        if self.sandbox.foreign:
+            return
+        self.workers.close()
         self.sandbox.close()
+        self.workers.wait(CLOSE_SECONDS)
 
     def _not_usable(self, error: QuarantineError) -> None:
         self.sandbox.recorder.swallowed(error)
@@ -104,6 +120,37 @@ class Scheme:
                 return
             self._warned.add(reason)
         log.warning(message)
+
+
+_OPEN: weakref.WeakSet[Scheme] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before the sandboxes are closed: no thread may be loading a graph while the interpreter ends."""
+    for scheme in list(_OPEN):
+        scheme.close()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the children of one walk down the ladder are started, and what is made of what they reply."""
+
+    load: Callable[[Any, str], Any]
+    """Called with the reply and the job id; the walk returns what it returns."""
+    key: str
+    """By which the graph is quarantined."""
+    facts: dict[str, str]
+    """What else that key holds."""
+    overrides: Mapping[str, Scalar]
+    """Inductor settings that replace the caller's."""
+    steps: tuple[Step, ...] = ("retry", "reduced")
+    """Steps of the ladder that it takes; any other ends it."""
+    first: str = "first"
+    """What reports call the first child."""
+    nice: int = 0
+    waited_for: bool = True
+    """Whether somebody waits, and is to be told the end."""
 
 
 class _Compile:
@@ -132,31 +179,50 @@ class _Compile:
         self.history: list[fallback.Attempt] = []
         self.killed: list[JobResult] = []  # the children that it has killed
         self.data: bytes | None = None  # the payload; the same for each child
+        self.folders: dict[str, Path] | None = None  # where artifacts go; None: where the caches are then
 
     def run(self) -> Any:
         if eager.mixes(self.gm, self.graph_kwargs, uncompiled=False):
             return self._eager()
         if self.scheme.mode == "normal":
             return self._in_process("mode_normal")
-        facts = identity.made_for(self.policy, _target(self.gm, self.example_inputs))
-        key = identity.quarantine_key(self.gm, self.example_inputs, facts)
-        if (entry := self.scheme.quarantine.get(key)) is not None:
+        if self.scheme.mode in ("async", "progressive") and self._may_run_first():
+            return self._deferred()
+        return self._waited_for()
+
+    @functools.cached_property
+    def target(self) -> str:
+        """What it is compiled for."""
+        return _target(self.gm, self.example_inputs)
+
+    def _waited_for(self) -> Any:
+        """The modes `subprocess` and `serialize`."""
+        way = self._way(self._load)
+        if (entry := self.scheme.quarantine.get(way.key)) is not None:
             return self._quarantined(entry)
-        output, step, result = self._walk(key, facts)
+        output, step, result = self._walk(way)
         if output is None:
             return self._ends(step, result)
-        self.recorder.graph("in_child" if self.scheme.mode == "subprocess" else "in_process")
+        self.recorder.graph("in_process" if self.scheme.mode == "serialize" else "in_child")
         if self.scheme.mode == "serialize":
             self.recorder.reason("mode_serialize")
         return output
 
-    def _walk(self, key: str, facts: dict[str, str]) -> tuple[Any, Step, JobResult]:
-        """Children, down the ladder. Returns the loaded artifact, or None and the ladder's last step, and how the last
-        child ended."""
+    def _way(self, load: Callable[[Any, str], Any], overrides: Mapping[str, Scalar] | None = None, **rest: Any) -> _Way:
+        facts = identity.made_for(self.policy, self.target)
+        if overrides:
+            # Other settings, another chance; in the policy's own table, so that all of it is one fact.
+            facts["settings"] = ", ".join(f"{name} = {value}" for name, value in sorted(overrides.items()))[:500]
+        key = identity.quarantine_key(self.gm, self.example_inputs, facts)
+        return _Way(load, key, facts, overrides or {}, **rest)
+
+    def _walk(self, way: _Way) -> tuple[Any, Step, JobResult]:
+        """Children, down the ladder. Returns what ``way`` made of the reply, or None and the ladder's last step, and
+        how the last child ended."""
         step: fallback.ChildStep = "first"
         while True:
             try:
-                output, result = self._attempt(step)
+                output, result = self._attempt(step, way)
             except UnserializableError as error:
                 output, result = None, self._no_child(Status.UNSERIALIZABLE, str(error))
             if output is not None:
@@ -166,7 +232,7 @@ class _Compile:
             self.history.append(fallback.Attempt(step=step, status=result.status, no_memory=result.no_memory))
             history = tuple(self.history)
             log.log(
-                logging.INFO if result.status is Status.COMPILE_ERROR else logging.WARNING,
+                logging.INFO if result.status is Status.COMPILE_ERROR and way.waited_for else logging.WARNING,
                 "%s: %s: %s: %s%s",
                 self.name,
                 result.job_id,
@@ -176,14 +242,15 @@ class _Compile:
                 extra={"job_id": result.job_id},
             )
             following = fallback.decide(self.policy, result.status, history)
-            self.recorder.fallback(following)
-            if following == "in_process" or following == "eager" or following == "raise":
-                self._remember(key, facts)
+            if (following != "retry" and following != "reduced") or following not in way.steps:
+                self._remember(way)
                 return None, following, result
+            self.recorder.fallback(following)
             step = following
 
     def _ends(self, step: Step, result: JobResult) -> Any:
         """What the ladder says when no child has made it."""
+        self.recorder.fallback(step)
         if step == "in_process":
             return self._in_process(_reason(result))
         if step == "eager":
@@ -191,12 +258,12 @@ class _Compile:
         self.recorder.graph("raised")
         raise self._exception(result)
 
-    def _remember(self, key: str, facts: dict[str, str]) -> None:
+    def _remember(self, way: _Way) -> None:
         """No child made it: if one was killed, no later compile of this graph tries again."""
         if self.killed:
             last = self.killed[-1]
             self.scheme.quarantine.add(
-                key, last.status, last.job_id, self.name, last.detail, facts, kills=len(self.killed)
+                way.key, last.status, last.job_id, self.name, last.detail, way.facts, kills=len(self.killed)
             )
 
     def _quarantined(self, entry: Entry) -> Any:
@@ -214,12 +281,11 @@ class _Compile:
         self.recorder.graph("raised")
         raise CompileFailed(entry.status.value, detail, entry.job_id)
 
-    def _attempt(self, step: fallback.ChildStep) -> tuple[Any, JobResult]:
-        """One child. Returns the loaded artifact, or None, and how the child ended."""
-        target = _target(self.gm, self.example_inputs)
+    def _attempt(self, step: fallback.ChildStep, way: _Way) -> tuple[Any, JobResult]:
+        """One child. Returns what ``way`` makes of its reply, or None, and how the child ended."""
+        target = self.target
         if target != "cpu" and not self.policy.gpu:
             raise UnserializableError("gpu_not_granted", f"a graph for {target}, and the policy says gpu = false")
-        overrides: dict[str, Scalar] = dict(self.policy.reduced) if step == "reduced" else {}
         data = self._encoded()
         sandbox = self.scheme.sandbox
         spec = FxGraphSpec(
@@ -233,7 +299,8 @@ class _Compile:
             kernel_threads=self.policy.kernel_threads or min(usable_cores(), MAX_KERNEL_THREADS),
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
-            config_overrides=overrides,
+            config_overrides={**way.overrides, **(self.policy.reduced if step == "reduced" else {})},
+            nice=way.nice,
         )
         try:
             job = Job(spec, data)
@@ -242,7 +309,8 @@ class _Compile:
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data)
         try:
-            future = sandbox.submit(job, name=self.name, step=step, cache=cache_folders())
+            name = way.first if step == "first" else step
+            future = sandbox.submit(job, name=self.name, step=name, cache=self.folders or cache_folders())
         except (SandboxError, OSError, RuntimeError) as error:
             # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
             self.recorder.swallowed(error)
@@ -254,7 +322,7 @@ class _Compile:
                 log.warning("%s left behind: %s", result.job_id, result.leaks.counts())
             return None, result
         try:
-            return self._load(result.value, result.job_id), result
+            return way.load(result.value, result.job_id), result
         except WireError as error:
             return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
         except OSError as error:
@@ -286,13 +354,91 @@ class _Compile:
         output = reply.decode_graph(
             value, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
         )
+        self._remember_kernels(output, value)
+        self._replay_logs(value, job_id)
+        return output
+
+    def _remember_kernels(self, output: Any, value: Any) -> None:
         try:
             cached.remember(output.cache_key, value["kernels"])
         except OSError as error:
             self.recorder.swallowed(error)  # a later process takes Inductor's own, slower way
+
+    def _replay_logs(self, value: Any, job_id: str) -> None:
         if dropped := logs.replay_logs(value, job_id):
             log.info("%s: %d records for loggers that are not torch's were dropped", job_id, dropped)
-        return output
+
+    # The modes `async` and `progressive`.
+
+    def _may_run_first(self) -> bool:
+        """Whether the graph can run at once and be exchanged: not if its compiled form is what is asked for, and not
+        if uncompiled it draws other random numbers."""
+        asked_for = compat.V.aot_compilation is True or self.graph_kwargs.get("aot_mode") or compat.makes_packages()
+        return not asked_for and not eager.seeded_on_gpu(self.gm)
+
+    def _deferred(self) -> Any:
+        """The graph as it is, or compiled in a hurry; and better code when a child has made it."""
+        if self.graph_kwargs.get("cudagraphs"):
+            compat.BoxedBool.disable(self.graph_kwargs["cudagraphs"])
+        self.folders = cache_folders()
+        kept: Kept | None = None
+        try:
+            with deferred.keeping_strides(self.gm):
+                self._encoded()
+        except UnserializableError as error:
+            kept = Kept(_reason(self._no_child(Status.UNSERIALIZABLE, str(error))), str(error))
+        if self.scheme.mode == "async":
+            self.recorder.graph("eager")
+            return self._exchanged(eager.eager_class()(self.gm), "eager", kept)
+        if kept is not None:
+            return self._waited_for()  # no child, quick or not: what the ladder says of that
+        return self._progressive()
+
+    def _progressive(self) -> Any:
+        quick = self._way(self._load, self.policy.quick, first="quick")
+        if (entry := self.scheme.quarantine.get(quick.key)) is not None:
+            return self._quarantined(entry)
+        output, step, result = self._walk(quick)
+        if output is not None:
+            self.recorder.graph("in_child")
+            return self._exchanged(output, "in_child")
+        first = self._ends(step, result)
+        # Not compiled: the caller's own settings may do what the quick ones could not.
+        return self._exchanged(first, "eager") if step == "eager" and not self.killed else first
+
+    def _exchanged(self, first: Any, was: str, kept: Kept | None = None) -> Any:
+        """``first``, and better code later, unless there is a reason why not."""
+        later = Later(self.name, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
+
+        def load(value: Any, job_id: str) -> bool:
+            later.load(value, functools.partial(self._remember_kernels, value=value))
+            self._replay_logs(value, job_id)
+            return True
+
+        steps: tuple[Step, ...] = ("retry", "reduced") if was == "eager" else ("retry",)
+        way = self._way(load, steps=steps, nice=self.policy.deferred.nice, waited_for=False)
+        if was == "in_child" and not later.keeps_strides(first):
+            kept = Kept("strides", "the quick compile has not kept them")
+        if (entry := self.scheme.quarantine.get(way.key)) is not None:
+            kept = Kept("quarantined", f"since {entry.since:%Y-%m-%d %H:%M} UTC, after {entry.status.value}")
+        if kept is not None:
+            self.recorder.kept(kept.reason)
+            self.scheme.warn_once(kept.reason, f"{self.name} keeps the code that it began with ({was}): {kept}")
+            return first
+        return later.exchanged(first, was, lambda: self._better(way), self.scheme.workers, self.recorder)
+
+    def _better(self, way: _Way) -> None:
+        """In a thread that nobody waits for.
+
+        Raises:
+            Kept: there is no better code.
+        """
+        self.history.clear()
+        self.killed.clear()
+        made, _, result = self._walk(way)
+        self.data = None
+        if not made:
+            raise Kept(_reason(result), result.detail)
 
     def _serialized(self, spec: FxGraphSpec, data: bytes) -> tuple[Any, JobResult]:
         """The mode `serialize`: through payload and reply, but in this process. For debugging."""
