@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from benchmarks.corpus.entry import stable
 from benchmarks.corpus.lane import Lane
@@ -43,7 +43,6 @@ examples:
 
 exit codes: 0 as claimed; 1 an entry differs, fails or has a graph that went to no child; 2 bad input
 """
-CATALOGUE: Final = "benchmarks.corpus.catalogue"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--no-pin", action="store_true", help="do not give each lane cores of its own")
     found.add_argument("--summary", action="store_true", help="run nothing, tell what the records say")
     found.add_argument("--json", action="store_true", help="the summary as JSON on stdout")
-    found.add_argument("--catalogue", default=CATALOGUE, help=argparse.SUPPRESS)
+    found.add_argument("--catalogue", default="benchmarks.corpus.catalogue", help=argparse.SUPPRESS)
+    found.add_argument("--worker", default="benchmarks.corpus.worker", help=argparse.SUPPRESS)
     return found
 
 
@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser().parse_args(words)
     records = Records(given.out, given.cache == "on", given.shard)
     if not given.summary:
-        seconds = names(given.catalogue)
+        seconds = names(given.worker, given.catalogue)
         run(choose(list(seconds), records.known(), given), seconds, records, given)
     found = summarise(records.known().values())
     (given.out / f"summary-{given.cache}.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -92,9 +92,9 @@ def main(words: Sequence[str] | None = None) -> int:
     return 1 if any(name in found["verdicts"] for name in BAD) else 0
 
 
-def names(catalogue: str) -> dict[str, float]:
+def names(worker: str, catalogue: str) -> dict[str, float]:
     """All names with their time-outs in seconds, from a process of its own: this one imports no torch."""
-    command = [sys.executable, "-m", "benchmarks.corpus.worker", json.dumps({"scheme": "list", "catalogue": catalogue})]
+    command = [sys.executable, "-m", worker, json.dumps({"scheme": "list", "catalogue": catalogue})]
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)
@@ -141,9 +141,9 @@ def _lane(
     given: argparse.Namespace,
     cores: list[int],
 ) -> None:
-    settings = {"policy": given.policy, "mode": given.mode, "catalogue": given.catalogue}
+    settings = {name: getattr(given, name) for name in ("worker", "catalogue", "policy", "mode")} | {"cores": cores}
     deadline = time.monotonic() + given.stop_after if given.stop_after else None
-    lane = Lane(settings, cache=given.cache == "on", seed=given.seed, cores=cores)
+    lane = Lane(settings, cache=given.cache == "on", seed=given.seed)
     try:
         while deadline is None or time.monotonic() < deadline:
             try:

@@ -39,17 +39,9 @@ class WorkerDied(Exception):
 class Worker:
     """One process of ``command`` under one scheme, with folders of its own; started when it is first asked."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        settings: dict[str, Any],
-        folder: Path,
-        cores: Sequence[int] = (),
-        cache: bool = False,
-    ) -> None:
+    def __init__(self, command: Sequence[str], settings: dict[str, Any], folder: Path, cache: bool = False) -> None:
         self.command = [*command, json.dumps(settings)]
         self.folder = folder
-        self.cores = cores
         self.cache = cache
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,12 +76,9 @@ class Worker:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 self.command, env=self._environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                start_new_session=True, preexec_fn=self._pin if self.cores else None,
+                start_new_session=True,
             )  # fmt: skip
         self._answer(START_SECONDS)
-
-    def _pin(self) -> None:
-        os.sched_setaffinity(0, self.cores)
 
     def _environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
@@ -152,15 +141,14 @@ class Worker:
 class Lane:
     """Both workers, and one entry at a time on them."""
 
-    def __init__(self, settings: dict[str, Any], *, cache: bool, seed: int, cores: Sequence[int] = ()) -> None:
-        """``settings``: `policy`, `mode`, `catalogue` of the workers, and `command` to start one, if not the usual."""
+    def __init__(self, settings: dict[str, Any], *, cache: bool, seed: int) -> None:
+        """``settings``: of the workers, see `worker`; and `worker`, the module to start."""
         self.folder = Path(tempfile.mkdtemp(prefix="corpus-"))
         self.cache = cache
         self.seed = seed
-        command = settings.get("command") or [sys.executable, "-m", "benchmarks.corpus.worker"]
-        told = {name: value for name, value in settings.items() if name != "command"}
+        command = [sys.executable, "-m", settings["worker"]]
         self.workers = {
-            scheme: Worker(command, {**told, "scheme": scheme}, self.folder / scheme, cores, cache)
+            scheme: Worker(command, {**settings, "scheme": scheme, "cache": cache}, self.folder / scheme, cache)
             for scheme in SCHEMES
         }
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from benchmarks.corpus.entry import Call, Case, Entry
+from benchmarks.corpus.entry import Call, Case, Entry, Skip
 
 #: Words in the vocabulary of the language models, a count; small, so that weights are.
 WORDS: Final = 128
@@ -48,7 +48,10 @@ def entries() -> Iterator[Entry]:
 
 def _case(model: _Model, training: bool, dynamic: bool) -> Case:
     torch.manual_seed(0)
-    module = model.build().train(training)
+    try:
+        module = model.build().train(training)
+    except ImportError as error:
+        raise Skip(str(error)) from None
     calls = [model.inputs(size) for size in ((0, 1) if dynamic and model.grows else (0,))]
     if dynamic and model.mark is not None:
         for kwargs in calls:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.corpus.entry import Call, Case, Entry, Skip
+from benchmarks.corpus.entry import Call, Case, Entry, Skip, allow_databases
 from benchmarks.corpus.ops import SAMPLES, spread
 
 
 def entries() -> Iterator[Entry]:
     """Inference and training, with fixed and with dynamic shapes."""
+    allow_databases()
     from torch.testing._internal.common_modules import module_db
 
     for info in module_db:

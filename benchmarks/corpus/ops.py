@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.corpus.entry import Call, Case, Entry, Skip, stable
+from benchmarks.corpus.entry import Call, Case, Entry, Skip, allow_databases, stable
 
 #: Samples of one entry, a count at most: each is a graph, or two in training.
 SAMPLES: Final = 2
@@ -26,6 +26,7 @@ _OTHER: Final = (
 
 def entries() -> Iterator[Entry]:
     """All of them."""
+    allow_databases()
     from torch.testing._internal.common_methods_invocations import op_db
 
     for op in op_db:

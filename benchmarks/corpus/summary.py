@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -65,7 +65,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts and times of one kind of run. Times are of entries that ran whole under both schemes, in seconds."""
     verdicts: Counter[str] = Counter()
     graphs: Counter[str] = Counter()
-    seconds: dict[str, Counter[str]] = {"first": Counter(), "hit": Counter()}
+    seconds: defaultdict[str, Counter[str]] = defaultdict(Counter)
     exceptions: list[dict[str, str]] = []
     for record in records:
         verdict, reason = judge(record, record.get("exception", ""))
@@ -78,6 +78,9 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             graphs["in_child"] += min(ours.get("in_child", 0), normal["graphs"])
         if normal["state"] == ours["state"] == "ok" and normal["graphs"]:
             seconds["first"].update(normal=normal["seconds"], sandbox=ours["seconds"])
+            seconds[f"first, {record['name'].partition('/')[0]}"].update(
+                normal=normal["seconds"], sandbox=ours["seconds"]
+            )
             if "hit" in normal and "hit" in ours and normal["hit"]["state"] == ours["hit"]["state"] == "ok":
                 seconds["hit"].update(normal=normal["hit"]["seconds"], sandbox=ours["hit"]["seconds"])
     order = list(VERDICTS)
@@ -85,8 +88,8 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "entries": sum(verdicts.values()),
         "verdicts": {name: verdicts[name] for name in order if verdicts[name]},
         "graphs": dict(graphs),
-        "seconds": {name: dict(each) for name, each in seconds.items() if each},
-        "ratio": {name: each["sandbox"] / each["normal"] for name, each in seconds.items() if each.get("normal")},
+        "seconds": {name: dict(seconds[name]) for name in sorted(seconds)},
+        "ratio": {name: each["sandbox"] / each["normal"] for name, each in sorted(seconds.items())},
         "exceptions": sorted(exceptions, key=lambda each: (-order.index(each["verdict"]), each["name"])),
     }
 

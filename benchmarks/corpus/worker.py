@@ -1,6 +1,7 @@
 """A long-lived process that runs entries under one scheme: `python -m benchmarks.corpus.worker SETTINGS`.
 
-SETTINGS is JSON: `scheme` (normal, sandbox), `policy`, `mode`, `catalogue` (a module). Tasks come as lines of JSON on
+SETTINGS is JSON: `scheme` (normal, sandbox; list tells the names), `catalogue` (a module), `policy`, `mode`, `cache`
+(whether Inductor's caches are on), `cores` (numbers; none means all). Tasks come as lines of JSON on
 stdin and are answered as lines of JSON on what was stdout; all that is printed goes to stderr. Folders and caches
 come by the environment, as a user would set them.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -30,6 +32,8 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
+    if settings.get("cores"):
+        os.sched_setaffinity(0, settings["cores"])
     catalogue = importlib.import_module(settings["catalogue"])
     if settings["scheme"] == "list":
         print(json.dumps({entry.name: entry.seconds for entry in catalogue.entries()}), file=answers, flush=True)
@@ -57,7 +61,6 @@ class Worker:
         import torch
 
         from benchmarks.corpus.execution import execute
-        from sandbox.cli.bench.graphs import FIRST
         from sandbox.inductor import compat
 
         started = time.perf_counter()
@@ -67,9 +70,8 @@ class Worker:
             self._install()
         inner = compat.replace_compile(lambda *args, **kwargs: self._counted(inner, *args, **kwargs))
         self._execute = execute
-        function, inputs = FIRST.make(0)
         with torch.no_grad():
-            torch.compile(function)(*inputs)
+            torch.compile(lambda x: (x + 1).cos().sum(dim=0))(torch.randn(10, 12))
         return {"ready": True, "seconds": time.perf_counter() - started, "torch": torch.__version__}
 
     def _install(self) -> None:
@@ -95,9 +97,11 @@ class Worker:
         from benchmarks.corpus.compare import difference, load, save
 
         entry = self.entries[task["name"]]
+        _forget(self.settings.get("cache", False))
         record = self._once(entry)
         kept = record.pop("kept", None)
         if task.get("again") and kept is not None:
+            _forget(keep_files=True)
             again = self._once(entry)
             record["hit"] = {name: again[name] for name in ("state", "seconds", "graphs") if name in again}
             if (found := again.pop("kept", None)) is not None:
@@ -157,6 +161,19 @@ class Worker:
         rows = after.jobs[-told["children_started"] :] if told["children_started"] else ()
         failed = [f"{row.name}: {row.step}: {row.status}: {row.detail[:_TEXT]}" for row in rows if row.status != "ok"]
         return {**told, "failed_jobs": failed} if failed else told
+
+
+def _forget(keep_files: bool) -> None:
+    """Neither this process nor, unless ``keep_files``, its cache folder knows any kernel: what one entry has built is
+    not to be had for nothing by the next one, which often needs the same kernels, nor loaded as if from memory."""
+    from sandbox.inductor import compat
+
+    for name in ("PyCodeCache", "CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache"):
+        getattr(compat.codecache, name).cache_clear()
+    if not keep_files:
+        for folder in Path(compat.runtime_cache_dir()).iterdir():
+            if folder.is_dir() and folder.name not in ("locks", "precompiled_headers"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _told(error: BaseException) -> str:
