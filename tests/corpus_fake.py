@@ -31,6 +31,8 @@ def main() -> None:
     if settings["scheme"] == "list":
         print(json.dumps({name: 1.0 if name.startswith("hang") else 60.0 for name in NAMES}))
         return
+    if settings["catalogue"] == "broken":
+        sys.exit("no such catalogue")
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)

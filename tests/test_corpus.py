@@ -64,6 +64,12 @@ def test_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "not in child: lost/graph" in capsys.readouterr().out
 
 
+def test_a_worker_that_never_starts_is_no_entry_s_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main([*FAKE, "--out", str(tmp_path), "--catalogue", "broken"]) == 2
+    assert "no such catalogue" in capsys.readouterr().err
+    assert _lines(tmp_path) == []
+
+
 def test_shards_cover_everything_once() -> None:
     seen: list[str] = []
     for index in range(3):

@@ -10,14 +10,14 @@ import queue
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus.entry import stable
-from benchmarks.corpus.lane import Lane
+from benchmarks.corpus.lane import CannotStart, Lane
 from benchmarks.corpus.records import Records
 from benchmarks.corpus.summary import BAD, judge, summarise, text
 
@@ -84,8 +84,12 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser().parse_args(words)
     records = Records(given.out, given.cache == "on", given.shard)
     if not given.summary:
-        seconds = names(given.worker, given.catalogue)
-        run(choose(list(seconds), records.known(), given), seconds, records, given)
+        try:
+            seconds = names(given.worker, given.catalogue)
+            run(choose(list(seconds), records.known(), given), seconds, records, given)
+        except (CannotStart, subprocess.CalledProcessError) as problem:
+            print(f"the corpus cannot run: {problem}", file=sys.stderr)
+            return 2
     found = summarise(records.known().values())
     (given.out / f"summary-{given.cache}.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2) if given.json else text(found))
@@ -119,19 +123,19 @@ def _bad(record: dict[str, Any]) -> bool:
 
 
 def run(plan: Sequence[str], seconds: dict[str, float], records: Records, given: argparse.Namespace) -> None:
-    """All entries of the plan, each on the next free lane."""
+    """All entries of the plan, each on the next free lane.
+
+    Raises:
+        CannotStart: a lane has no worker; the others have gone on to the end.
+    """
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in plan:
         tasks.put(name)
     lanes = max(1, min(given.jobs, len(plan)))
-    threads = [
-        threading.Thread(target=_lane, args=(tasks, seconds, records, given, cores), name=f"lane-{index}")
-        for index, cores in enumerate(_cores(lanes, given.no_pin))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:
+        futures = [pool.submit(_lane, tasks, seconds, records, given, cores) for cores in _cores(lanes, given.no_pin)]
+    for future in futures:
+        future.result()
 
 
 def _lane(

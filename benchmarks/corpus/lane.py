@@ -36,6 +36,10 @@ class WorkerDied(Exception):
         self.state = state
 
 
+class CannotStart(Exception):
+    """A worker does not get ready, twice in a row: no entry is to blame. The text has its last words."""
+
+
 class Worker:
     """One process of ``command`` under one scheme, with folders of its own; started when it is first asked."""
 
@@ -52,8 +56,15 @@ class Worker:
 
         Raises:
             WorkerDied: it ended, or gave no answer in time; the next task gets a new one.
+            CannotStart: there is none.
         """
-        self.start()
+        try:
+            self.start()
+        except WorkerDied:
+            try:
+                self.start()
+            except WorkerDied as death:
+                raise CannotStart(f"{' '.join(self.command)}: {death}") from None
         process = self._process
         if process is None or process.stdin is None:
             raise WorkerDied("crashed", "it was not started")
