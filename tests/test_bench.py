@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,8 +15,9 @@ from xml.etree import ElementTree
 import pytest
 
 from sandbox.cli import bench, main
-from sandbox.cli.bench import MEASURES, plan, summary
+from sandbox.cli.bench import MEASURES, costs, plan, summary
 from sandbox.cli.bench.summary import BARS, NORMAL, SCHEMES, Answer, summarise
+from sandbox.policy import ForkserverSettings, Policy, load
 
 
 def run(round_: int, *samples: tuple[str, str, str, str, list[float]]) -> dict[str, Any]:
@@ -178,6 +182,70 @@ def test_variants_of_a_graph_differ_and_a_seed_decides_their_values() -> None:
     one = FIRST.make(0)[1][0]
     torch.manual_seed(1)
     assert torch.equal(one, FIRST.make(0)[1][0])
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> Policy:
+    """A policy whose forkserver starts at once, and measures that take no longer than they must."""
+    for name, value in {
+        "JOBS": 3,
+        "UNMEASURED": 1,
+        "PAUSE_SECONDS": 0.0,
+        "IDLE_SECONDS": 0.2,
+        "REST_SECONDS": 0.2,
+    }.items():
+        monkeypatch.setattr(costs, name, value)
+    return load("default").model_copy(update={"forkserver": ForkserverSettings(import_torch=False)})
+
+
+def test_jobs_are_real_ones_of_each_kind(light: Policy) -> None:
+    answer = costs.jobs({"policy": light, "seed": 0})
+    assert answer.problems == []
+    kinds = ["fresh", "standby"] if costs._standby(light) else ["fresh"]
+    assert [(each["scheme"], len(each["values"])) for each in answer.samples] == [(kind, 3) for kind in kinds]
+    assert all(value > 0 for each in answer.samples for value in each["values"])
+
+
+def test_an_empty_job_that_does_not_come_back_as_it_must_is_a_problem(
+    light: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "nothing", lambda: 1 / 0)
+    problems = costs.jobs({"policy": light, "seed": 0}).problems
+    assert problems and all("an empty job ended compile_error" in problem for problem in problems)
+
+
+def test_idle_tells_memory_and_wake_ups_of_all_processes(light: Policy) -> None:
+    answer = costs.idle({"policy": light})
+    assert answer.problems == []
+    told = {each["figure"]: each for each in answer.samples}
+    assert told["wake-ups per second"]["values"][0] >= 0
+    memory = told["MiB of memory, proportional"]
+    assert memory["values"][0] > 1 and memory["notes"]["processes"] == len(
+        answer.facts["MiB, proportional, by process"]
+    )
+
+
+def test_a_thread_that_wakes_is_counted() -> None:
+    go, done, stop = threading.Event(), threading.Event(), threading.Event()
+
+    def wake() -> None:
+        go.wait()
+        done.set()
+        stop.wait()
+
+    thread = threading.Thread(target=wake)
+    thread.start()
+    own, measuring = ((os.getpid(), native) for native in (thread.native_id, threading.get_native_id()))
+    before = costs._switches([])
+    go.set()
+    assert done.wait(10)
+    end = time.monotonic() + 10
+    while (after := costs._switches([]))[own] <= before[own] and time.monotonic() < end:
+        pass  # it may not sleep again yet
+    stop.set()
+    thread.join()
+    assert after[own] > before[own]
+    assert measuring not in after
 
 
 def test_the_corpus_keeps_its_option() -> None:

@@ -55,7 +55,7 @@ exit codes: 0 measured; 1 a result differs from eager, or a measurement failed; 
 MEASURES: Final = ("first", "steady", "jobs", "async", "crash", "idle")
 CACHES: Final = ("off", "on")
 #: Seconds for one measurement. Inductor's SUBPROCESS mode has no time-out of its own.
-_WORKER_SECONDS: Final = 300.0
+_WORKER_SECONDS: Final = 600.0
 #: Variables that would change what is measured.
 _FOREIGN: Final = (
     "TORCHINDUCTOR_FX_COMPILE_MODE",

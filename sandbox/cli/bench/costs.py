@@ -18,7 +18,7 @@ from sandbox.processes import descendants
 from sandbox.results import JobResult, Status
 
 #: Empty jobs of each kind, a count, after those that are not measured.
-JOBS: Final = 30
+JOBS: Final = 25
 UNMEASURED: Final = 3
 #: Seconds without a job in which a standby child is made anew, and in which what has ended goes.
 PAUSE_SECONDS: Final = 0.3
@@ -42,28 +42,30 @@ def jobs(task: dict[str, Any]) -> Answer:
     """The fixed cost of a job: an empty function, from submit to the reply, one job at a time."""
     answer = Answer("jobs")
     policy = load(task["policy"])
-    kinds = {"fresh": 0}
-    if _standby(policy):
-        kinds["standby"] = _standby(policy)
-    for kind, count in random.Random(task["seed"]).sample(sorted(kinds.items()), len(kinds)):
-        with Sandbox(with_standby(policy, count)) as box:
-            box.wait_ready()
-            values = []
-            for number in range(JOBS + UNMEASURED):
-                # In all kinds alike: a standby child that was used is replaced when nothing else is to be done.
-                time.sleep(PAUSE_SECONDS)
-                job = callable_job(nothing)
-                started = time.perf_counter()
-                result = box.submit(job).result()
-                seconds = time.perf_counter() - started
-                if not result.ok or result.value is not None:
-                    answer.wrong(f"{kind}: an empty job ended {result.status.value}: {result.detail}")
-                if number >= UNMEASURED:
-                    values.append(seconds * 1000)
-            answer.add("jobs", "", "ms", values, scheme=kind)
-            stats = box.stats()
-            answer.facts[f"{kind}: enforcement"] = stats.enforcement
-            answer.facts[f"{kind}: memory of a child, MiB"] = _median_mib(stats.jobs)
+    # A standby child has the policy's limits; a job with others gets a fresh one.
+    other = policy.limits.model_copy(update={"wall_seconds": policy.limits.wall_seconds + 1})
+    kinds = {"fresh": other, "standby": policy.limits} if _standby(policy) else {"fresh": other}
+    order = [kind for kind in kinds for _ in range(JOBS)]
+    random.Random(task["seed"]).shuffle(order)
+    values: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with Sandbox(policy) as box:
+        box.wait_ready()
+        for kind in (*["fresh"] * UNMEASURED, *order):
+            # Alike for both: a standby child that was used is replaced when nothing else is to be done.
+            time.sleep(PAUSE_SECONDS)
+            job = callable_job(nothing, limits=kinds[kind])
+            started = time.perf_counter()
+            result = box.submit(job).result()
+            values[kind].append((time.perf_counter() - started) * 1000)
+            if not result.ok or result.value is not None:
+                answer.wrong(f"{kind}: an empty job ended {result.status.value}: {result.detail}")
+        stats = box.stats()
+    del values["fresh"][:UNMEASURED]
+    for kind, told in values.items():
+        answer.add("jobs", "", "ms", told, scheme=kind)
+    answer.facts["enforcement"] = stats.enforcement
+    peaks = [row.usage.peak_memory_bytes / 2**20 for row in stats.jobs]
+    answer.facts["memory of a child, MiB"] = round(statistics.median(peaks), 1)
     return answer
 
 
@@ -94,7 +96,7 @@ def crashes(task: dict[str, Any]) -> Answer:
             _crashed(scheme.sandbox.submit(callable_job(crash)).result(), answer)
         torch.compiler.reset()
         started = time.perf_counter()
-        found = REPEATED.call(torch.compile(function), inputs)
+        found = REPEATED.call(torch.compile(function, dynamic=False), inputs)
         if kind:
             seconds[kind].append(time.perf_counter() - started)
         answer.check(kind or "warm-up", [(found, expected)])
@@ -161,15 +163,3 @@ def _proportional(pid: int) -> float:
 def _standby(policy: Policy) -> int:
     """Standby children that the policy has, a count."""
     return int(getattr(policy.forkserver, "standby", 0))
-
-
-def with_standby(policy: Policy, count: int) -> Policy:
-    """The policy with that many standby children."""
-    if _standby(policy) == count:
-        return policy
-    return policy.model_copy(update={"forkserver": policy.forkserver.model_copy(update={"standby": count})})
-
-
-def _median_mib(rows: Any) -> float | None:
-    peaks = [row.usage.peak_memory_bytes for row in rows]
-    return round(statistics.median(peaks) / 2**20, 1) if peaks else None
