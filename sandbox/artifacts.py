@@ -26,7 +26,7 @@ from sandbox.scratch import LockedFolder
 #: Folder of the artifacts in a job's scratch folder.
 FOLDER = "artifacts"
 #: Kinds of artifacts: the first part of each path.
-KINDS = ("inductor", "triton", "debug")
+KINDS = ("inductor", "triton", "aoti", "debug")
 #: In each of the user's cache folders: how the names of folders begin that hold copies which are not whole yet.
 MAKING = ".sandbox-adopting-"
 #: Triton's group files list a dozen names; a larger one is not one of them. Bytes.

@@ -158,6 +158,7 @@ class Enforcement(_Model):
 ARTIFACT_PATH = (
     r"^(inductor/[a-z0-9]{2}/[A-Za-z0-9_.+=-]{1,200}\.(py|cpp|h|so|o|json|txt|cu|cubin|ptx|best_config)"
     r"|triton/[A-Za-z0-9_=-]{1,128}/[A-Za-z0-9_.+=-]{1,200}"
+    r"|aoti/([a-z0-9]{8,128}/)?[A-Za-z0-9_.+=-]{1,200}\.(so|cpp|h|o|json|blob|bin|txt)"
     r"|debug/[A-Za-z0-9_.+=/-]{1,512})$"
 )
 
@@ -167,7 +168,8 @@ class Artifact(_Model):
 
     path: Annotated[str, Field(pattern=ARTIFACT_PATH)]
     """Relative to the job's artifact folder. `inductor/` and `triton/` hold kernels, each in a folder named by a hash;
-    Inductor's folders of pickled state (`fxgraph`, `aotautograd`, `dynamo`) are not to be had. `debug/` holds what
+    Inductor's folders of pickled state (`fxgraph`, `aotautograd`, `dynamo`) are not to be had. `aoti/` holds the files
+    of an AOTInductor package. `debug/` holds what
     `TORCH_COMPILE_DEBUG` writes."""
     size: Annotated[int, Field(ge=0, lt=1 << 63)]
     """Bytes."""

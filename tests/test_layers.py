@@ -54,10 +54,11 @@ LAYERS = """
 
     triton inductor
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
-    inductor.counting inductor.devices inductor.eager inductor.expressions inductor.identity inductor.kernels
-    inductor.logs inductor.tensors inductor.workers inductor.deferred
-    inductor.pickling inductor.outputcode inductor.cached
-    inductor.sidetable
+    inductor.counting inductor.devices inductor.eager inductor.expressions inductor.groups inductor.identity
+    inductor.kernels inductor.logs inductor.registrations inductor.tensors inductor.workers inductor.deferred
+    inductor.constants inductor.outputcode inductor.cached
+    inductor.pickling
+    inductor.sidetable inductor.aoti
     inductor.payload inductor.reply
     inductor.later                # compiles that nobody waits for
     inductor.compile              # the child's side

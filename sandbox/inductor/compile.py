@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from sandbox.errors import UnserializableError
-from sandbox.inductor import compat, counting, kernels, logs, payload, reply
+from sandbox.inductor import aoti, compat, counting, kernels, logs, payload, registrations, reply
 
 #: Inductor's caches on other machines: a child has no network, and asking for it would end the job.
 _REMOTE: Final = (
@@ -23,7 +23,11 @@ _REMOTE: Final = (
 
 
 def run(
-    data: bytes, config_overrides: dict[str, Any], kernel_threads: int, debug_root: str | None = None
+    data: bytes,
+    config_overrides: dict[str, Any],
+    kernel_threads: int,
+    debug_root: str | None = None,
+    aoti_folder: str = "",
 ) -> dict[str, Any]:
     """Compile the graph of a payload and return the reply: plain builtin data only.
 
@@ -34,6 +38,7 @@ def run(
         config_overrides: Inductor settings by dotted name that replace the caller's.
         kernel_threads: C++ kernels of this graph that are built side by side, a count.
         debug_root: folder for the files of TORCH_COMPILE_DEBUG. None: the one that the payload names.
+        aoti_folder: folder for the files of an AOTInductor package, an absolute path.
 
     Raises:
         UnserializableError: when the graph cannot be rebuilt here or its result cannot be sent.
@@ -63,18 +68,35 @@ def run(
         constants, symbols = reply.constants_of(loaded.gm), reply.symbols_of(loaded.fake_mode.shape_env)
         counted = counting.Counts()
         built = stack.enter_context(kernels.recorded())
-        code = compat.compile_in_process(
-            loaded.gm, loaded.example_inputs, loaded.inputs_to_check, loaded.graph_kwargs, loaded.region
-        )
-        if not isinstance(code, compat.CompiledFxGraph):
-            raise UnserializableError("output_code", f"{type(code).__name__} is loaded in-process only")
-        value = reply.encode_graph(code, loaded.fake_mode.shape_env, constants, symbols)
+        if loaded.aot:
+            stack.enter_context(aoti.building(aoti_folder))
+        if loaded.aot or loaded.graph_kwargs.get("cpp_wrapper"):
+            stack.enter_context(_plain_headers())
+        try:
+            code = compat.compile_in_process(
+                loaded.gm, loaded.example_inputs, loaded.inputs_to_check, loaded.graph_kwargs, loaded.region
+            )
+        except Exception as error:
+            if (unknown := registrations.missing_op(error)) is not None:
+                raise unknown from error
+            raise
+        value = _encoded(code, loaded, constants, symbols, aoti_folder)
         value["kernels"] = dict(built)
         value["counts"] = counted.deltas()
     value["logs"] = captured.told_of(root, request.settings["debug_root"])
     value["logs_left_out"] = captured.left_out
     value["warnings"] = logs.warnings_data(caught)
     return value
+
+
+def _encoded(
+    code: Any, loaded: payload.Loaded, constants: dict[int, str], symbols: frozenset[str], aoti_folder: str
+) -> dict[str, Any]:
+    if loaded.aot:
+        return {"aoti": aoti.encode(code, aoti_folder, constants)}
+    if not isinstance(code, compat.CompiledFxGraph):
+        raise UnserializableError("output_code", f"{type(code).__name__} is loaded in-process only")
+    return reply.encode_graph(code, loaded.fake_mode.shape_env, constants, symbols)
 
 
 def settings(overrides: dict[str, Any], kernel_threads: int) -> dict[str, Any]:
@@ -130,4 +152,17 @@ def private_folders() -> Iterator[None]:
         compat.replaced(compat.codecache, "_HEADER_DIR", folder),
         compat.replaced(compat.codecache, "_HEADER_LOCK_DIR", os.path.join(folder, "locks")),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_headers() -> Iterator[None]:
+    """Headers are not precompiled: a C++ wrapper has one file for each, so that would take longer than it saves."""
+
+    def plain(header: str, command: str, **options: Any) -> str:
+        folder = os.path.join(compat.runtime_cache_dir(), "plain_headers")
+        found: str = compat.codecache.write(f"#include <{header}>\n", "h", specified_dir=folder)[1]
+        return found
+
+    with compat.replaced(compat.codecache, "_precompile_header", plain):
         yield

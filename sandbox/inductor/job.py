@@ -17,5 +17,6 @@ def prepare(spec: FxGraphSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
     if spec.gpu:
         devices.show()
     # Beside Inductor's cache folder, among the files that are handed back.
-    debug = os.path.join(os.path.dirname(compat.runtime_cache_dir()), "debug")
-    return lambda: child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug)
+    artifacts = os.path.dirname(compat.runtime_cache_dir())
+    debug, aoti = os.path.join(artifacts, "debug"), os.path.join(artifacts, "aoti")
+    return lambda: child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)

@@ -90,11 +90,12 @@ def encode(code: Any, constants: dict[int, str]) -> dict[str, Any]:
             for item in code.partition_maps
         ]
     )
-    graph["constants"] = {name: _constant_data(value, constants) for name, value in (code.constants or {}).items()}
+    graph["constants"] = {name: encode_constant(value, constants) for name, value in (code.constants or {}).items()}
     return graph
 
 
-def _constant_data(value: Any, known: dict[int, str]) -> dict[str, Any]:
+def encode_constant(value: Any, known: dict[int, str]) -> dict[str, Any]:
+    """A constant by the name that the parent knows it under, or with its data."""
     if id(value) in known:
         return {"attribute": known[id(value)]}
     if not isinstance(value, torch.Tensor):
@@ -180,7 +181,7 @@ def decode(data: Any, gm: torch.fx.GraphModule, symbols: frozenset[str], inputs:
     code.cudagraph_info = _cudagraph_info(data["cudagraph_info"], budget)
     code.partition_maps = _partition_maps(data, inputs)
     code.constants = {
-        _identifier(name): _constant(value, gm) for name, value in _table(data, "constants", "reply").items()
+        _identifier(name): decode_constant(value, gm) for name, value in _table(data, "constants", "reply").items()
     }
     frozen = _table(data, "frozen_param_names", "reply")
     code.frozen_param_names = {_identifier(name): _attribute_name(gm, where) for name, where in frozen.items()}
@@ -231,7 +232,8 @@ def _attribute_name(gm: torch.fx.GraphModule, name: Any) -> str:
     return str(name)
 
 
-def _constant(data: Any, gm: torch.fx.GraphModule) -> torch.Tensor:
+def decode_constant(data: Any, gm: torch.fx.GraphModule) -> torch.Tensor:
+    """The tensor that :func:`encode_constant` described; WireError for anything else."""
     match data:
         case {"attribute": str(name), **rest} if not rest:
             return _attribute(gm, name)

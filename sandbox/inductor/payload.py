@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from sandbox.errors import UnserializableError
-from sandbox.inductor import compat, logs, pickling, sidetable
+from sandbox.inductor import compat, groups, logs, pickling, registrations, sidetable
 
 #: Settings that belong to this process (folders, pools) or that the child decides itself.
 _CONFIG_LEFT: Final = frozenset(
@@ -24,6 +24,8 @@ _CONFIG_LEFT: Final = frozenset(
         "compile_threads", "worker_start_method", "quiesce_async_compile_pool", "cudagraph_policy",
         "trace.upload_tar", "trace.debug_dir", "aot_inductor.dump_aoti_minifier", "aot_inductor.repro_level",
         "fx_graph_cache", "fx_graph_remote_cache", "bundled_autograd_cache", "fx_compile_mode",
+        # They have run by now: above the hook, in this process.
+        "pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "custom_partitioner_fn",
     }
 )  # fmt: skip
 _FUNCTORCH_LEFT: Final = frozenset({"enable_autograd_cache", "enable_remote_autograd_cache"})
@@ -43,6 +45,7 @@ class Request:
         """Every setting of the parent that Inductor reads is in force inside the block."""
         with contextlib.ExitStack() as stack:
             _apply_torch_state(self.settings["torch"], stack)
+            groups.pretend(self.settings["groups"])
             for name in ("inductor", "functorch", "dynamo"):
                 module = getattr(compat, f"{name}_config")
                 known = {key: value for key, value in self.settings[name].items() if _has_setting(module, key)}
@@ -58,6 +61,7 @@ class Request:
             allow_non_fake_inputs=self.settings["allow_non_fake_inputs"], shape_env=shape_env
         )
         data = pickling.loads(self.graph, fake_mode)
+        registrations.check(data["needs"], data["gm"])
         sidetable.install(data["side_table"])
         tracing = compat.TracingContext(fake_mode)
         facts = data["tracing"]
@@ -72,7 +76,7 @@ class Request:
                 cache.effects_cache.update(facts["effects"])
         return Loaded(
             data["gm"], data["example_inputs"], data["inputs_to_check"], _graph_kwargs(data), tracing, fake_mode,
-            data["choices"], self.settings["compile_id"], data["region"],
+            data["choices"], self.settings["compile_id"], data["region"], data["aot"],
         )  # fmt: skip
 
 
@@ -96,6 +100,7 @@ class Loaded:
     choices: Any
     compile_id: str | None
     region: str | None
+    aot: bool
 
 
 def encode(
@@ -113,8 +118,6 @@ def encode(
         UnserializableError: with a reason such as `aot_inductor`, `fake_tensor`, `opaque_constant`, `script_object`,
             `by_value`, `config`, `not_picklable`.
     """
-    if compat.V.aot_compilation is True or graph_kwargs.get("aot_mode"):
-        raise UnserializableError("aot_inductor", "ahead-of-time packages are built in-process")
     tracing = compat.TracingContext.try_get()
     fake_mode = tracing.fake_mode if tracing is not None else None
     if fake_mode is None:
@@ -132,6 +135,7 @@ def encode(
         "debug_root": debug_root(),
         "compile_id": str(context.compile_id) if context is not None and context.compile_id is not None else None,
         "allow_non_fake_inputs": bool(fake_mode.allow_non_fake_inputs) if fake_mode is not None else False,
+        "groups": groups.described(),
         "path": [entry for entry in sys.path if entry],
     }
     graph = {
@@ -146,6 +150,8 @@ def encode(
         "tracing": _tracing_facts(tracing),
         "choices": _choices(),
         "region": region,
+        "aot": compat.V.aot_compilation is True,
+        "needs": registrations.needed(gm),
     }
     return pickle.dumps((pickling.dumps(settings), pickling.dumps(graph)), protocol=5)
 
@@ -173,8 +179,8 @@ def _fake(value: Any, fake_mode: Any) -> Any:
 
 def _plain_kwargs(graph_kwargs: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in graph_kwargs.items() if name != "get_decomp_fn"}
-    if kept.get("extern_node_serializer") is not None:
-        raise UnserializableError("aot_inductor", "extern_node_serializer is set")
+    # Inductor ignores it (but for its authors' own builds, where no PyTorch of ours is).
+    kept["extern_node_serializer"] = None
     kept["cudagraphs"] = bool(kept.get("cudagraphs"))
     kept["boxed_forward_device_index"] = None
     return kept

@@ -24,7 +24,7 @@ import dill
 import torch
 
 from sandbox.errors import UnserializableError
-from sandbox.inductor import compat, tensors
+from sandbox.inductor import compat, constants, registrations, tensors
 
 #: Node metadata that a child has no use for, and that tends to hold the user's modules.
 DROPPED_META: Final = frozenset({"nn_module_stack", "fwd_source_fn_stack", "fwd_nn_module_stack", "example_value"})
@@ -80,6 +80,9 @@ class Pickler(pickle.Pickler):
             return _make_shape_env, (self._token, _env_state(obj))
         if isinstance(obj, _SYMBOLIC):
             node = obj.node
+            if not isinstance(node, compat.SymNode):
+                # A size of a nested tensor, or a constant: no expression, and nothing of this process.
+                return type(obj), (node,)
             return _make_symbolic, (type(obj).__name__, node._expr, node.shape_env, node.pytype, _hint(node))
         if isinstance(obj, torch.fx.Node):
             return _make_none, ()
@@ -109,6 +112,8 @@ class Pickler(pickle.Pickler):
                 return _make_fake, (self._token, compat.TensorPickleData(self._describer, obj))
             except AssertionError as error:
                 raise UnserializableError("fake_tensor", str(error)) from None
+        if (form := constants.reduced(obj)) is not None:
+            return form
         return tensors.decode, (tensors.encode(obj),)
 
     def _script_object(self, obj: Any) -> Any:
@@ -127,6 +132,26 @@ class Pickler(pickle.Pickler):
         return NotImplemented
 
 
+class _ByValue(dill.Pickler):  # type: ignore[misc]
+    """dill takes each global whose name occurs in a function, as an attribute too: ops and their namespaces among
+    them, which it cannot take apart."""
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if isinstance(obj, compat.OperatorBase | compat.OpOverloadPacket):
+            self.save_reduce(_make_op, _op_name(obj), obj=obj)
+        elif isinstance(obj, compat.OpNamespace):
+            self.save_reduce(_make_attribute, ("torch", f"ops.{obj.name}"), obj=obj)
+        elif isinstance(obj, types.ModuleType) and obj.__name__ != "__main__":
+            # dill would take one apart that does not lie below the interpreter.
+            self.save_reduce(importlib.import_module, (obj.__name__,), obj=obj)
+        elif isinstance(obj, torch.Tensor) and not isinstance(obj, compat.FakeTensor):
+            self.save_reduce(*(constants.reduced(obj) or (tensors.decode, (tensors.encode(obj),))), obj=obj)
+        elif isinstance(obj, logging.Logger):
+            self.save_reduce(logging.getLogger, (obj.name,), obj=obj)
+        else:
+            super().save(obj, save_persistent_id)
+
+
 def by_value(obj: Any) -> bytes:
     """A function or class with all that it refers to, by dill.
 
@@ -137,7 +162,9 @@ def by_value(obj: Any) -> bytes:
         with warnings.catch_warnings():
             # dill warns of what it raises next.
             warnings.simplefilter("ignore", dill.PicklingWarning)
-            return bytes(dill.dumps(obj, byref=False, recurse=True))
+            stream = io.BytesIO()
+            _ByValue(stream, protocol=5, byref=False, recurse=True).dump(obj)
+            return stream.getvalue()
     except Exception as error:  # noqa: BLE001 - whatever a user's object raises while it is pickled
         raise UnserializableError("by_value", f"{obj!r:.120}: {type(error).__name__}: {error}") from None
 
@@ -206,6 +233,8 @@ def _make_generator(device: str) -> torch.Generator:
 
 def _hint(node: Any) -> Any:
     hint = node._hint
+    if isinstance(hint, torch.SymInt) and not isinstance(hint.node, compat.SymNode):
+        return hint  # a size of a nested tensor, which nothing else tells
     return hint if isinstance(hint, int | float | bool | None) else None
 
 
@@ -214,9 +243,12 @@ def _make_symbolic(kind: str, expr: Any, shape_env: Any, pytype: Any, hint: Any)
 
 
 def _env_state(env: Any) -> dict[str, Any]:
-    if env._translation_validation_enabled:
-        raise UnserializableError("translation_validation", "its validator lives in this process only")
-    return {name: value for name, value in vars(env).items() if name not in _ENV_LEFT and not _is_cached_method(value)}
+    kept = {name: value for name, value in vars(env).items() if name not in _ENV_LEFT and not _is_cached_method(value)}
+    # Guards come back and are validated here.
+    for name in ("validator", "graph", "name_to_node"):
+        kept.pop(name, None)
+    off = ("_translation_validation_enabled", "should_record_events", "check_recorded_events", "is_recording")
+    return kept | dict.fromkeys(off, False)
 
 
 def _is_cached_method(value: Any) -> bool:
@@ -248,17 +280,18 @@ def _make_shape_env(state: Any, data: dict[str, Any]) -> Any:
 # Ops ---------------------------------------------------------------------------------------------------------
 
 
-def _op_name(op: Any) -> tuple[str, str, str]:
+def _op_name(op: Any) -> tuple[str, str, str, str]:
+    """Its kind, name, overload (or module), and who has defined it."""
     if isinstance(op, compat.OpOverload):
-        return "overload", op._schema.name, op._overloadname
+        return "overload", op._schema.name, op._overloadname, registrations.definer(op)
     if isinstance(op, compat.OpOverloadPacket):
-        return "packet", op._qualified_op_name, ""
+        return "packet", op._qualified_op_name, "", registrations.definer(op)
     if isinstance(op, compat.HigherOrderOperator):
-        return "higher_order", op.name(), type(op).__module__
+        return "higher_order", op.name(), type(op).__module__, type(op).__module__
     raise UnserializableError("unknown_op", repr(op))
 
 
-def _make_op(kind: str, name: str, extra: str) -> Any:
+def _make_op(kind: str, name: str, extra: str, definer: str) -> Any:
     try:
         if kind == "higher_order":
             importlib.import_module(extra)
@@ -266,11 +299,8 @@ def _make_op(kind: str, name: str, extra: str) -> Any:
         namespace, _, packet_name = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), packet_name)
         return packet if kind == "packet" else getattr(packet, extra or "default")
-    except (AttributeError, KeyError, ImportError) as error:
-        raise UnserializableError(
-            "unknown_op",
-            f"{name}.{extra} is not registered in the child; name its module in forkserver.preload ({error})",
-        ) from None
+    except (AttributeError, KeyError, ImportError):
+        raise UnserializableError("unknown_op", registrations.complaint(f"the op {name}", definer)) from None
 
 
 def _target_data(target: Any) -> Any:
@@ -306,7 +336,9 @@ def _module_state(gm: torch.fx.GraphModule) -> dict[str, Any]:
         if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
             value = type(value)()
         elif name == "meta":
-            value = {key: kept for key, kept in value.items() if isinstance(kept, str | int | float | bool | None)}
+            # Tensors: what buffers held before tracing changed them, for AOTInductor.
+            plain = (str, int, float, bool, type(None), torch.Tensor)
+            value = {key: kept for key, kept in value.items() if isinstance(kept, plain)}
         elif callable(value) and not isinstance(value, torch.nn.Module | compat.OperatorBase):
             continue
         state[name] = value

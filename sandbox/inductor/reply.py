@@ -193,6 +193,20 @@ def _loaded(
     return code
 
 
+def check_package(data: Any) -> Any:
+    """Check the reply for an AOTInductor package, hand its counts on, and return what tells of its files.
+
+    Raises:
+        WireError: it is malformed.
+    """
+    Budget().admit(data)
+    if not isinstance(data, dict) or "aoti" not in data:
+        raise WireError("the reply holds no package")
+    logs.check(data)
+    counting.apply(data.get("counts"))
+    return data["aoti"]
+
+
 def _hand_on(code: Any, data: dict[str, Any]) -> None:
     counting.apply(data["counts"])
     if compat.GraphLowering.save_output_code is not None:

@@ -33,7 +33,19 @@ from sandbox.errors import (
     WireError,
 )
 from sandbox.executor import Sandbox, usable_cores
-from sandbox.inductor import cached, compat, deferred, eager, failures, identity, logs, payload, reply
+from sandbox.inductor import (
+    aoti,
+    cached,
+    compat,
+    deferred,
+    eager,
+    failures,
+    identity,
+    logs,
+    payload,
+    registrations,
+    reply,
+)
 from sandbox.inductor.later import Kept, Later
 from sandbox.inductor.workers import Workers
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
@@ -81,6 +93,7 @@ class Scheme:
         _OPEN.add(self)
         self._warned: set[str] = set()
         self._warned_lock = threading.Lock()
+        self.refused = registrations.Refused()
         settings = policy.quarantine
         self.quarantine = Quarantine(store_of(settings, self._not_usable), keep_of(settings))
 
@@ -197,7 +210,13 @@ class _Compile:
 
     def _waited_for(self) -> Any:
         """The modes `subprocess` and `serialize`."""
-        way = self._way(self._load)
+        if not aoti.wanted():
+            return self._down(self._way(self._load))
+        with aoti.staging() as staged:
+            self.folders = {**cache_folders(), "aoti": staged}
+            return self._down(self._way(functools.partial(self._package, staged=staged)))
+
+    def _down(self, way: _Way) -> Any:
         if (entry := self.scheme.quarantine.get(way.key)) is not None:
             return self._quarantined(entry)
         output, step, result = self._walk(way)
@@ -286,6 +305,9 @@ class _Compile:
         target = self.target
         if target != "cpu" and not self.policy.gpu:
             raise UnserializableError("gpu_not_granted", f"a graph for {target}, and the policy says gpu = false")
+        if aoti.wanted():
+            aoti.check_sendable(self.graph_kwargs, target)
+        self.scheme.refused.check(self.gm)
         data = self._encoded()
         sandbox = self.scheme.sandbox
         spec = FxGraphSpec(
@@ -307,7 +329,7 @@ class _Compile:
         except JobError as error:
             raise UnserializableError("payload_too_large", str(error)) from None
         if self.scheme.mode == "serialize":
-            return self._serialized(spec, data)
+            return self._serialized(spec, data, way)
         try:
             name = way.first if step == "first" else step
             future = sandbox.submit(job, name=self.name, step=name, cache=self.folders or cache_folders())
@@ -320,6 +342,8 @@ class _Compile:
         if not result.ok:
             if result.leaks.leaks:
                 log.warning("%s left behind: %s", result.job_id, result.leaks.counts())
+            if result.status is Status.UNSERIALIZABLE:
+                self.scheme.refused.note(self.gm, result.detail)
             return None, result
         try:
             return way.load(result.value, result.job_id), result
@@ -358,6 +382,11 @@ class _Compile:
         self._replay_logs(value, job_id)
         return output
 
+    def _package(self, value: Any, job_id: str, staged: Path) -> Any:
+        output = aoti.decode(reply.check_package(value), self.gm, staged)
+        self._replay_logs(value, job_id)
+        return output
+
     def _remember_kernels(self, output: Any, value: Any) -> None:
         try:
             cached.remember(output.cache_key, value["kernels"])
@@ -373,7 +402,7 @@ class _Compile:
     def _may_run_first(self) -> bool:
         """Whether the graph can run at once and be exchanged: not if its compiled form is what is asked for, and not
         if uncompiled it draws other random numbers."""
-        asked_for = compat.V.aot_compilation is True or self.graph_kwargs.get("aot_mode") or compat.makes_packages()
+        asked_for = aoti.wanted() or compat.makes_packages()
         return not asked_for and not eager.seeded_on_gpu(self.gm)
 
     def _deferred(self) -> Any:
@@ -440,13 +469,14 @@ class _Compile:
         if not made:
             raise Kept(_reason(result), result.detail)
 
-    def _serialized(self, spec: FxGraphSpec, data: bytes) -> tuple[Any, JobResult]:
+    def _serialized(self, spec: FxGraphSpec, data: bytes, way: _Way) -> tuple[Any, JobResult]:
         """The mode `serialize`: through payload and reply, but in this process. For debugging."""
         from sandbox.inductor import compile as child_side
 
-        value = child_side.run(data, spec.config_overrides, spec.kernel_threads)
+        package = str((self.folders or {}).get("aoti", ""))
+        value = child_side.run(data, spec.config_overrides, spec.kernel_threads, aoti_folder=package)
         result = JobResult(job_id=spec.job_id, status=Status.OK, leaks=LeakReport(job_id=spec.job_id))
-        return self._load(value, spec.job_id), result
+        return way.load(value, spec.job_id), result
 
     def _in_process(self, reason: str) -> Any:
         self.recorder.graph("in_process")
@@ -459,6 +489,10 @@ class _Compile:
 
     def _eager(self, result: JobResult | None = None) -> Any:
         """The graph itself. ``result``: why it is not compiled; None where its forward pass was not, either."""
+        if aoti.wanted() and result is not None:
+            # There is nothing to run in its place: whoever makes a package wants files.
+            self.recorder.graph("raised")
+            raise self._exception(result)
         if eager.mixes(self.gm, self.graph_kwargs, uncompiled=True):
             self.recorder.graph("raised")
             status = result.status.value if result is not None else "eager"

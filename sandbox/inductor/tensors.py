@@ -20,6 +20,10 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 _NAMES: Final[dict[torch.dtype, str]] = {value: str(value).removeprefix("torch.") for value in DTYPES.values()}
 
 
+#: Classes whose tensors are their bytes and nothing more.
+PLAIN: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """How many elements from the first to the last that a tensor reaches; 0 when it has none."""
     if any(size == 0 for size in shape):
@@ -39,7 +43,7 @@ def encode(tensor: torch.Tensor) -> dict[str, Any]:
         return _encode_packed(tensor)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UnserializableError("opaque_constant", f"layout {tensor.layout}, {tensor.dtype}")
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in PLAIN:
         raise UnserializableError("tensor_subclass", f"{type(tensor).__module__}.{type(tensor).__qualname__}")
     with compat.disable_current_modes(), torch.no_grad():
         source = tensor.detach().resolve_conj().resolve_neg()

@@ -1,0 +1,200 @@
+"""What is known to be trouble for a compile in another process goes to a child, with eager's results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import sandbox
+from benchmarks.corpus import registered, special_graphs, special_registered, special_uses, special_values  # noqa: F401
+from benchmarks.corpus.cases import CASES
+from sandbox.errors import WireError
+from sandbox.inductor import aoti, compat
+from sandbox.inductor.install import installed
+from sandbox.inductor.scheme import Scheme
+from sandbox.policy import ForkserverSettings, Policy
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # torch's own, about complex numbers, profilers and what is to go
+]
+
+POLICY = Policy(name="coverage", forkserver=ForkserverSettings(preload=("benchmarks.corpus.registered",)))
+#: Cheap ones of all kinds; `python -m benchmarks.corpus` runs the rest.
+CHEAP = (
+    "cond_nested_dynamic", "while_loop", "associative_scan", "flex_attention", "nested_compile_region",
+    "selective_checkpoint", "unbacked_nonzero", "unbacked_item", "resize_as", "mark_dynamic", "complex_numbers",
+    "int64_reductions", "nan_in_argmax", "mutated_inputs", "subclass_training", "subclass_constant", "nested_jagged",
+    "hessians", "set_stance", "nested_compile", "freezing", "custom_op",
+    "custom_lowering", "pass_before_grad", "pass_joint", "pass_by_value", "pass_with_custom_op",
+)  # fmt: skip
+#: A pass changes what is computed: how eager computes it.
+CHANGED: dict[str, Callable[[Any], Any]] = {
+    "pass_before_grad": lambda x: torch.cos(x) + 1,
+    "pass_by_value": lambda x: torch.cos(x) + 1,
+    "pass_with_custom_op": lambda x: x * 3 + 1,
+}
+
+
+@pytest.fixture(scope="module")
+def scheme() -> Iterator[Scheme]:
+    sandbox.install(policy=POLICY)
+    one = installed()
+    assert one is not None
+    one.sandbox.wait_ready()
+    yield one
+    sandbox.uninstall()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    # Eager draws its random numbers otherwise.
+    settings = {"fx_graph_cache": False, "fallback_random": True}
+    with torch._inductor.config.patch(settings), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
+def uncompiled(function: Any, **options: Any) -> Any:
+    return function
+
+
+def plain(value: Any) -> list[Any]:
+    return [item.detach() if isinstance(item, torch.Tensor) else item for item in pytree.tree_leaves(value)]
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_every_graph_goes_to_a_child_and_computes_what_eager_does(scheme: Scheme, name: str) -> None:
+    before = scheme.sandbox.stats()
+    torch.manual_seed(7)
+    got = plain(CASES[name](torch.compile))
+    after = scheme.sandbox.stats()
+    assert after.graphs - before.graphs == after.in_child - before.in_child > 0, after.in_process_reasons
+    if name == "pass_joint":
+        return  # it runs before the hook: that the graph was sent all the same is the point
+    torch.manual_seed(7)
+    eager = (lambda function, **options: CHANGED[name]) if name in CHANGED else uncompiled
+    torch.testing.assert_close(got, plain(CASES[name](eager)), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_equal_seeds_give_equal_numbers(scheme: Scheme) -> None:
+    with torch._inductor.config.patch(fallback_random=False):
+        results = []
+        for seed in (3, 3, 4):
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda x: torch.nn.functional.dropout(x, 0.5) + torch.rand_like(x))
+            torch.manual_seed(seed)
+            results.append(compiled(torch.ones(64)))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+# What only this process knows ----------------------------------------------------------------------------------
+
+LIBRARY = torch.library.Library("coverage_only_here", "DEF")
+LIBRARY.define("double(Tensor x) -> Tensor")
+LIBRARY.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+torch.library.register_fake("coverage_only_here::double", lambda x: torch.empty_like(x), lib=LIBRARY)
+
+
+def refused(scheme: Scheme, function: Callable[[torch.Tensor], torch.Tensor], reason: str) -> int:
+    """Compile in this process for ``reason``, with eager's result. Returns how many children were started."""
+    torch._dynamo.reset()
+    before = scheme.sandbox.stats()
+    x = torch.randn(5)
+    torch.testing.assert_close(torch.compile(function)(x), function(x))
+    after = scheme.sandbox.stats()
+    assert after.in_process - before.in_process == 1
+    assert after.raised == before.raised
+    assert after.in_process_reasons[reason] == before.in_process_reasons.get(reason, 0) + 1
+    return after.children_started - before.children_started
+
+
+def test_an_op_of_this_process_alone_is_named_and_asked_for_once(scheme: Scheme) -> None:
+    double = torch.ops.coverage_only_here.double
+    assert refused(scheme, lambda x: double(x) + 1, "unserializable: unknown_op") == 1
+    detail = scheme.sandbox.stats().jobs[-1].detail
+    assert "coverage_only_here::double" in detail and "forkserver.preload" in detail
+    assert refused(scheme, lambda x: double(x.cos()) - 1, "unserializable: unknown_op") == 0
+
+
+def test_a_lowering_of_this_process_alone_is_not_left_out_in_silence(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lowered(x: Any) -> Any:
+        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](x, 1)
+
+    monkeypatch.setitem(torch._inductor.lowering.lowerings, torch.ops.aten.alias.default, lowered)
+    monkeypatch.setitem(torch._inductor.lowering.lowerings, torch.ops.aten.relu.default, lowered)
+    assert refused(scheme, lambda x: x.abs().relu(), "unserializable: unregistered") == 1
+    assert f"the lowering of aten.relu.default is not registered in the child: name {__name__} in" in (
+        scheme.sandbox.stats().jobs[-1].detail
+    )
+
+
+def test_an_op_that_a_pass_asks_for_is_no_error_of_the_compiler(scheme: Scheme) -> None:
+    def to_double(graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.sin.default:
+                node.target = torch.ops.coverage_only_here.double.default
+
+    x = torch.ones(4)
+    before = scheme.sandbox.stats()
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=to_double):
+        torch.testing.assert_close(torch.compile(lambda x: torch.sin(x) + 1)(x), x * 2 + 1)
+    after = scheme.sandbox.stats()
+    assert after.in_process - before.in_process == 1 and after.raised == before.raised
+    assert "coverage_only_here::double is not registered" in after.jobs[-1].detail
+
+
+# Packages ------------------------------------------------------------------------------------------------------
+
+
+def test_a_package_is_made_in_a_child_and_lies_where_the_caller_wants_it(scheme: Scheme, tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    module = special_registered.Small()
+    before = scheme.sandbox.stats()
+    # Without a header of its own: it takes longer than both files that include it.
+    settings = {"aot_inductor.output_path": str(tmp_path / "mine.so"), "aot_inductor.precompile_headers": False}
+    path = torch._inductor.aot_compile(torch.export.export(module, (x,)).module(), (x,), options=settings)
+    after = scheme.sandbox.stats()
+    assert after.graphs - before.graphs == after.in_child - before.in_child == 1
+    assert path == str(tmp_path / "mine.so")
+    torch.testing.assert_close(torch._export.aot_load(path, "cpu")(x), module(x))
+    assert all(name == "mine.so" or name.endswith((".cpp", ".json")) for name in os.listdir(tmp_path))
+    assert os.stat(path).st_mode & 0o100
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["named.so"], ["named.so", "libc.so"]),
+        (["named.so"], ["named.so", "mine.so"]),
+        (["named.so"], ["named.so", ".bashrc"]),
+        (["named.so"], ["named.so", "sub/named.so"]),
+        (["../named.so"], ["named.so"]),
+        (["/etc/passwd"], ["named.so"]),
+        (["named.so", "named.so"], ["named.so"]),
+        ([None], ["named.so"]),
+        ([], ["named.so"]),
+        (["c" * 52 + ".wrapper.so"], ["named.so"]),
+    ],
+)
+def test_a_package_puts_no_file_under_another_name(tmp_path: Path, files: list[Any], names: list[str]) -> None:
+    (tmp_path / "libc.so").write_text("mine")
+    with compat.inductor_config.patch({"aot_inductor.output_path": str(tmp_path / "mine.so")}):
+        with pytest.raises(WireError), aoti.staging() as staged:
+            for name in names:
+                (staged / name).parent.mkdir(exist_ok=True)
+                (staged / name).write_text("theirs")
+            data = {"files": files, "single": True, "device_type": "cpu", "weights": None}
+            aoti.decode(data, torch.fx.GraphModule({}, torch.fx.Graph()), staged)
+    assert sorted(os.listdir(tmp_path)) == ["libc.so"]
+    assert (tmp_path / "libc.so").read_text() == "mine"
