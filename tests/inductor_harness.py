@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sandbox import child, template
-from sandbox.inductor import compat, compile, failures, payload, reply
+from sandbox.inductor import compat, compile, failures, payload, reply, warmup
 
 
 def _read(fd: int) -> bytes | None:
@@ -43,7 +43,7 @@ class Template:
 
     def __init__(self) -> None:
         before = template.thread_count()
-        compile.warm_up()
+        warmup.warm_up()
         self.threads_added = template.thread_count() - before
         to_child, self._send = os.pipe()
         self._receive, from_child = os.pipe()

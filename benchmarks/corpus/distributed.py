@@ -61,9 +61,9 @@ def cases(rank: int) -> dict[str, Callable[[Compile], Any]]:
         compile(lambda x, w: (x @ w).sin().sum())(one, two).redistribute(mesh, everywhere).to_local().backward()
         return one.grad, two.grad
 
-    def step(compile: Compile, wrapped: Any) -> Any:
-        compile(wrapped)(x + rank).sum().backward()
-        return [parameter.grad for parameter in wrapped.parameters()]
+    def step(model: Any) -> Any:
+        model(x + rank).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
 
     return {
         "functional_collectives": lambda compile: compile(reduce)(x + rank),
@@ -71,8 +71,8 @@ def cases(rank: int) -> dict[str, Callable[[Compile], Any]]:
         "dtensor": lambda compile: compile(lambda x, w: torch.relu(x @ w).sum(0))(shards, copies),
         "dtensor_redistribute": lambda compile: compile(redistributed)(x),
         "dtensor_training": training,
-        "data_parallel": lambda compile: step(compile, torch.nn.parallel.DistributedDataParallel(model())),
-        "fully_sharded": lambda compile: step(compile, fully_shard(model(), mesh=mesh)),
+        "data_parallel": lambda compile: step(torch.nn.parallel.DistributedDataParallel(compile(model()))),
+        "fully_sharded": lambda compile: step(fully_shard(torch.nn.Sequential(*map(compile, model())), mesh=mesh)),
     }
 
 

@@ -71,8 +71,8 @@ def _make_compressed(rows: Any, columns: Any, values: Any, shape: Any, layout: A
 
 def _quantized(obj: torch.Tensor) -> Form:
     if obj.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return torch._make_per_tensor_quantized_tensor, (obj.int_repr(), obj.q_scale(), obj.q_zero_point())
+        return compat.make_quantized, (obj.int_repr(), obj.q_scale(), obj.q_zero_point())
     if obj.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
         parts = obj.int_repr(), obj.q_per_channel_scales(), obj.q_per_channel_zero_points(), obj.q_per_channel_axis()
-        return torch._make_per_channel_quantized_tensor, parts
+        return compat.make_quantized_channels, parts
     raise UnserializableError("opaque_constant", f"quantised by {obj.qscheme()}")

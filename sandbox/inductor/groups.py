@@ -25,6 +25,16 @@ def described() -> dict[str, Any] | None:
     return {"rank": dist.get_rank(), "size": dist.get_world_size(), "groups": groups}
 
 
+def is_group(value: Any) -> bool:
+    """Whether it is a process group, which travels by name."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def find(name: str) -> Any:
+    """In a child: the group of that name, see :func:`pretend`."""
+    return compat.c10d._resolve_process_group(name)
+
+
 def pretend(data: dict[str, Any] | None) -> None:
     """In a child, for as long as it lives: be a member of the groups that :func:`described` told of."""
     if data is None or dist.is_initialized():

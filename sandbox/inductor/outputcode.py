@@ -11,6 +11,7 @@ import torch
 from sandbox.errors import UnserializableError, WireError
 from sandbox.inductor import compat, counting, expressions, tensors
 from sandbox.inductor.budget import Budget, shown
+from sandbox.opcodes import resolve
 
 _CACHE_KEY: Final = re.compile(r"^[a-z0-9]{8,128}$")
 _IDENTIFIER: Final = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,511}$")
@@ -58,7 +59,7 @@ def encode(code: Any, constants: dict[int, str]) -> dict[str, Any]:
     Raises:
         UnserializableError: when a part has no plain form (reasons `constant`, `opaque_value`).
     """
-    if code.torchbind_constants or getattr(code, "opaque_value_type_classes", None):
+    if code.torchbind_constants:
         raise UnserializableError("opaque_value", "the compiled graph holds objects of this process")
     graph: dict[str, Any] = {name: getattr(code, name, None) for name in _PLAIN if hasattr(code, name)}
     graph["cache_linemap"] = [
@@ -90,6 +91,8 @@ def encode(code: Any, constants: dict[int, str]) -> dict[str, Any]:
             for item in code.partition_maps
         ]
     )
+    classes = getattr(code, "opaque_value_type_classes", None) or {}
+    graph["classes"] = {name: f"{cls.__module__}:{cls.__qualname__}" for name, cls in classes.items()}
     graph["constants"] = {name: encode_constant(value, constants) for name, value in (code.constants or {}).items()}
     return graph
 
@@ -185,7 +188,10 @@ def decode(data: Any, gm: torch.fx.GraphModule, symbols: frozenset[str], inputs:
     }
     frozen = _table(data, "frozen_param_names", "reply")
     code.frozen_param_names = {_identifier(name): _attribute_name(gm, where) for name, where in frozen.items()}
-    code.torchbind_constants, code.opaque_value_type_classes = {}, {}
+    code.torchbind_constants = {}
+    code.opaque_value_type_classes = {
+        _identifier(name): _class(where) for name, where in _table(data, "classes", "reply").items()
+    }
     code.guards_expr = None
     return code
 
@@ -240,6 +246,16 @@ def decode_constant(data: Any, gm: torch.fx.GraphModule) -> torch.Tensor:
         case {"tensor": dict(tensor), **rest} if not rest:
             return tensors.decode(tensor)
     raise WireError("reply: a constant must name an attribute or bring a tensor")
+
+
+def _class(where: Any) -> type:
+    """A class whose objects torch writes into code as expressions: one that this process has registered as such."""
+    if not isinstance(where, str) or not compat.has("is_opaque_value_type"):
+        raise WireError("reply: a class is malformed")
+    found = resolve(where)
+    if not compat.is_opaque_value_type(found):
+        raise WireError(f"reply: {shown(where)} is not registered as a class of opaque values")
+    return found
 
 
 def _metrics(data: dict[str, int]) -> Any:

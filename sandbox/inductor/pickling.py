@@ -24,7 +24,7 @@ import dill
 import torch
 
 from sandbox.errors import UnserializableError
-from sandbox.inductor import compat, constants, registrations, tensors
+from sandbox.inductor import compat, constants, groups, registrations, tensors
 
 #: Node metadata that a child has no use for, and that tends to hold the user's modules.
 DROPPED_META: Final = frozenset({"nn_module_stack", "fwd_source_fn_stack", "fwd_nn_module_stack", "example_value"})
@@ -88,6 +88,8 @@ class Pickler(pickle.Pickler):
             return _make_none, ()
         if isinstance(obj, compat.FakeScriptObject):
             return self._script_object(obj)
+        if groups.is_group(obj):
+            return groups.find, (str(obj.group_name),)
         if isinstance(obj, weakref.ref):
             return _make_dead_reference, ()
         if isinstance(obj, type | types.FunctionType):
@@ -120,7 +122,13 @@ class Pickler(pickle.Pickler):
         real = object.__getattribute__(obj, "real_obj")
         if real is not None and compat.has("is_opaque_value_type") and compat.is_opaque_value_type(type(real)):
             return NotImplemented
-        raise UnserializableError("script_object", f"{type(real or obj).__name__} lives in this process only")
+        if (
+            isinstance(real, torch.ScriptObject)
+            or not compat.has("is_opaque_type")
+            or not compat.is_opaque_type(type(real))
+        ):
+            raise UnserializableError("script_object", f"{type(real or obj).__name__} lives in this process only")
+        return _make_fake_object, (self._token, real)
 
     def _global(self, obj: Any) -> Any:
         name, module = obj.__qualname__, obj.__module__
@@ -221,6 +229,11 @@ def _make_attribute(module: str, name: str) -> Any:
 
 def _make_fake(state: Any, data: Any) -> Any:
     return data.unpickle(state)
+
+
+def _make_fake_object(state: Any, real: Any) -> Any:
+    """An object that torch passes through graphs as it is: a device mesh, for example."""
+    return compat.maybe_to_fake_obj(state.fake_mode, real)
 
 
 def _make_fake_mode(state: Any) -> Any:
