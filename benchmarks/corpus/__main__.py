@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,13 @@ def run(plan: Sequence[str], seconds: dict[str, float], records: Records, given:
     lanes = max(1, min(given.jobs, len(plan)))
     with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:
         futures = [pool.submit(_lane, tasks, seconds, records, given, cores) for cores in _cores(lanes, given.no_pin)]
+        try:
+            wait(futures)
+        except KeyboardInterrupt:
+            print("interrupted: entries that run come to their end, no further one starts", file=sys.stderr)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    tasks.get_nowait()
     for future in futures:
         future.result()
 
