@@ -343,6 +343,8 @@ class Forkserver:
             "sys_path": path,
             "import_torch": self._policy.forkserver.import_torch,
             "warm_up": self._policy.forkserver.warm_up,
+            # Hidden from this process, they are none of its children's either.
+            "gpus_hidden": os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
             "preload": [*self._policy.forkserver.preload, *(_FAULTS if self._policy.allow_faults else ())],
         }
         # A folder of its own for each start: a job may have done anything to the last one.

@@ -100,7 +100,7 @@ class ForkserverSettings(_Model):
     warm_up: bool = True
     """Compile a few small graphs before the first job, so that no child repeats the vector-ISA probe, the precompiled
     header and Inductor's lazy imports; on a host with an NVIDIA GPU only one C++ kernel, which saves the probe and the
-    header. Without it each job does all of it again, about 10 s."""
+    header, unless `CUDA_VISIBLE_DEVICES` is empty. Without it each job does all of it again, about 10 s."""
     start_timeout_seconds: Seconds = 180.0
     """Time for import and warm-up, in seconds. When hit: killed; the job ends as `sandbox_error`."""
     fork_timeout_seconds: Seconds = 10.0

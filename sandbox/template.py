@@ -78,7 +78,7 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
         importlib.import_module("sandbox.inductor.job")
         importlib.import_module("sandbox.inductor.compat").check()
         if settings["warm_up"]:
-            importlib.import_module("sandbox.inductor.warmup").warm_up()
+            importlib.import_module("sandbox.inductor.warmup").warm_up(settings["gpus_hidden"])
     importlib.import_module(trackers.TRACKER)
     for module in settings["preload"]:
         importlib.import_module(module)

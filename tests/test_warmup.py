@@ -46,3 +46,21 @@ def test_every_sample_is_lowered_and_no_thread_stays(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "'broken' could not be lowered: division by zero" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("present", "hidden", "whole"), [(False, False, True), (True, False, False), (True, True, True)]
+)
+def test_beside_a_gpu_only_the_compiler_is_warmed(
+    present: bool, hidden: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lowering asks CUDA would spoil the template for children that use it; where none does, nothing is spoilt."""
+    from sandbox.inductor import warmup
+
+    done: list[str] = []
+    monkeypatch.setattr(warmup.devices, "present", lambda: present)
+    for name in ("_probe", "_lower", "_warm_compiler", "run"):
+        monkeypatch.setattr(warmup, name, lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(warmup.samples, "built", lambda: b"")
+    warmup.warm_up(hidden)
+    assert done == (["_probe", "run", "_lower"] if whole else ["_warm_compiler"])

@@ -29,11 +29,14 @@ from sandbox.inductor.compile import private_folders, run, settings, threads
 MAX_THREADS: Final = 8
 
 
-def warm_up() -> None:
+def warm_up(gpus_hidden: bool = False) -> None:
     """Compile a few small graphs, so that no child repeats the probes, the header and the lazy imports.
 
     For the template, before its first fork: afterwards this process has the one thread that it had before.
     The folder of the precompiled header stays while this process lives; everything else is removed.
+
+    Args:
+        gpus_hidden: whether the service itself sees no GPU, whatever the host has: no child will use one.
     """
     _no_progress_thread()
     before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
@@ -42,7 +45,7 @@ def warm_up() -> None:
     try:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "inductor")
         os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
-        if devices.present():
+        if devices.present() and not gpus_hidden:
             # Lowering asks CUDA here and there, even with the GPUs hidden, and what has asked cannot be forked.
             try:
                 _warm_compiler()
