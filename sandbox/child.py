@@ -13,6 +13,7 @@ import errno
 import faulthandler
 import importlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -24,14 +25,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import artifacts, ledger
-from sandbox.enforce import Place, confine_worker
+from sandbox.enforce import Place, confine_worker, rlimits
 from sandbox.enforce.privileges import die_with_parent
 from sandbox.errors import EnforcementError, JobError, UnserializableError, WireError
-from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, parse_spec
+from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, digest, parse_spec
 from sandbox.origins import Origins
 from sandbox.results import OWN_LEAKS, Artifact, Enforcement, Failure, Leak, Status
+from sandbox.sealed import unseal
 from sandbox.trackers import Registrations
-from sandbox.wire import MAX_DETAIL, Frame, Reply, Started, clip, recv_frame, safe_dumps, send_frame
+from sandbox.wire import (
+    MAX_DETAIL,
+    Frame,
+    Prepare,
+    Reply,
+    Started,
+    clip,
+    encode_frame,
+    parse_envelope,
+    recv_frame,
+    safe_dumps,
+    send_frame,
+)
 
 #: Exit codes of a worker that could not even reply. Outside the range that compilers use.
 EXIT_UNCONFINED = 120
@@ -61,11 +75,12 @@ HANDLERS = {
 Spec = FxGraphSpec | TritonKernelSpec | CallableSpec
 
 
-def main(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> NoReturn:
-    """Run in the fork of the keeper, whose pid is ``keeper``."""
+def main(job_id: str, standby: bool, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> NoReturn:
+    """Run in the fork of the keeper, whose pid is ``keeper``. A ``standby`` confines itself before it has a job, and
+    ``job_id`` is its own name."""
     code = 1
     try:
-        code = _work(job_id, place, job_fd, stderr_fd, keeper)
+        code = _work(job_id, standby, place, job_fd, stderr_fd, keeper)
     except MemoryError:
         code = EXIT_MEMORY
         traceback.print_exc()
@@ -75,7 +90,7 @@ def main(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) ->
         leave(code)
 
 
-def _work(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> int:
+def _work(job_id: str, standby: bool, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> int:
     started = time.monotonic()
     scratch = Path(place.scratch)
     os.setsid()
@@ -87,24 +102,41 @@ def _work(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) -
     os.set_inheritable(job_fd, False)
     channel = socket.socket(fileno=job_fd)
     try:
-        frame = receive(channel)
-        spec = check_spec(frame, job_id)
+        if standby:
+            prepared = parse_envelope(receive(channel).envelope, Prepare)
+            terms: Spec | Prepare = prepared
+        else:
+            frame = receive(channel)
+            terms = spec = check_spec(frame, job_id)
+        _surroundings(terms, scratch)
+        if isinstance(terms, Spec) and terms.nice:
+            step_back(terms.nice)
+        enforcement = Enforcement(
+            mechanisms=confine_worker(
+                terms.confinement, terms.limits, keeper, place, gpu=isinstance(terms, Spec) and terms.gpu
+            )
+        )
+        registrations, origins = Registrations(), Origins()
+        registrations.watch()
+        before = ledger.take(ipc=False)
+        if standby:
+            send_frame(channel, Started(job_id=job_id, enforcement=enforcement), b"", SEND_SECONDS)
+            _rehearse(prepared, before, registrations, origins, scratch)
+            wait_for_job(channel)
+            started = time.monotonic()
+            frame = receive(channel)
+            spec = check_spec(frame, None)
+            check_terms(spec, prepared)
+            rlimits.lower_memory(prepared.limits.memory_bytes - spec.limits.memory_bytes)
     except (WireError, JobError) as error:
         print(f"request refused: {error}", file=sys.stderr)
         return EXIT_BAD_REQUEST
-    _surroundings(spec, scratch)
-    if spec.nice:
-        step_back(spec.nice)
-    try:
-        mechanisms = confine_worker(spec.confinement, spec.limits, keeper, place, gpu=spec.gpu)
     except EnforcementError as error:
         print(f"confinement: {error}", file=sys.stderr)
         return EXIT_UNCONFINED
+    job_id = spec.job_id
     start_seconds = time.monotonic() - started
-    send_frame(channel, Started(job_id=job_id, enforcement=Enforcement(mechanisms=mechanisms)), b"", SEND_SECONDS)
-    before = ledger.take(ipc=False)
-    registrations, origins = Registrations(), Origins()
-    registrations.watch()
+    send_frame(channel, Started(job_id=job_id, enforcement=enforcement), b"", SEND_SECONDS)
     if spec.trace_leaks:
         origins.trace()
     reserved = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(RESERVED_FDS)]
@@ -147,18 +179,64 @@ def _work(job_id: str, place: Place, job_fd: int, stderr_fd: int, keeper: int) -
 
 
 def receive(channel: socket.socket) -> Frame:
-    """The request frame: the spec's JSON as envelope, the payload behind it."""
-    return recv_frame(channel, max_payload=1 << 40, deadline=RECEIVE_SECONDS)
+    """The request frame: the spec's JSON as envelope, the payload behind it, or in a sealed file that comes with it."""
+    files: list[int] = []
+    frame = recv_frame(channel, max_payload=1 << 40, deadline=RECEIVE_SECONDS, fds=files)
+    return frame._replace(payload=unseal(files[0])) if files else frame
 
 
-def check_spec(frame: Frame, job_id: str) -> Spec:
-    """Validate spec and payload before anything is unpickled.
+def _rehearse(
+    prepared: Prepare, before: ledger.Snapshot, registrations: Registrations, origins: Origins, scratch: Path
+) -> None:
+    """Do once for nothing what a worker does around its job. What it touches it gets copies of then (a fork shares its
+    pages until it writes to them), and not when the job waits for it."""
+    spec = CallableSpec(
+        job_id=prepared.job_id,
+        payload_sha256=digest(b""),
+        payload_bytes=0,
+        limits=prepared.limits,
+        confinement=prepared.confinement,
+        environment=prepared.environment,
+    )
+    parse_spec(spec.model_dump_json())
+    check_payload(spec, b"")
+    importlib.import_module(HANDLERS[spec.kind])
+    leaks = own_leaks(spec, before, registrations, origins)
+    encode_frame(Reply(job_id=spec.job_id, status=Status.OK, artifacts=collect(scratch), leaks=leaks), safe_dumps(None))
+
+
+def wait_for_job(channel: socket.socket) -> None:
+    """In a standby child: sleep until there is a job, or the parent is gone."""
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    poll.poll()
+
+
+def check_terms(spec: Spec, prepared: Prepare) -> None:
+    """Check that a standby child is confined as its job demands.
+
+    Raises:
+        JobError: it is not.
+    """
+    limits = spec.limits.model_copy(update={"memory_bytes": prepared.limits.memory_bytes})
+    if (
+        spec.gpu
+        or spec.nice
+        or spec.limits.memory_bytes > prepared.limits.memory_bytes
+        or (limits, spec.confinement, spec.environment) != (prepared.limits, prepared.confinement, prepared.environment)
+    ):
+        raise JobError(f"{spec.job_id} reached a standby child that is confined otherwise")
+
+
+def check_spec(frame: Frame, job_id: str | None) -> Spec:
+    """Validate spec and payload before anything is unpickled. ``job_id``: the job that this worker was forked for, if
+    it was for one.
 
     Raises:
         JobError: naming what is wrong.
     """
     spec = parse_spec(frame.envelope)
-    if spec.job_id != job_id:
+    if job_id is not None and spec.job_id != job_id:
         raise JobError(f"the spec of {spec.job_id} reached the worker of {job_id}")
     check_payload(spec, frame.payload)
     return spec
@@ -297,7 +375,7 @@ def _standard_streams(stderr_fd: int) -> None:
     os.close(stderr_fd)
 
 
-def _surroundings(spec: Spec, scratch: Path) -> None:
+def _surroundings(spec: Spec | Prepare, scratch: Path) -> None:
     """Own environment, home, temporary folder and cache folders; nothing of the template's."""
     os.environ.clear()
     os.environ.update(spec.environment)
@@ -307,7 +385,7 @@ def _surroundings(spec: Spec, scratch: Path) -> None:
         TORCHINDUCTOR_CACHE_DIR=str(scratch / artifacts.FOLDER / "inductor"),
         TRITON_CACHE_DIR=str(scratch / artifacts.FOLDER / "triton"),
     )
-    if not spec.gpu:
+    if isinstance(spec, Prepare) or not spec.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # `tempfile` remembers the template's folder.
     import tempfile

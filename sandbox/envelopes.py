@@ -11,7 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, Val
 
 from sandbox.errors import WireError
 from sandbox.explain import explain
-from sandbox.jobs import JobId
+from sandbox.jobs import Environment, JobId
+from sandbox.limits import Confinement, Limits
 from sandbox.results import Artifact, Enforcement, Failure, Leak, Status
 
 MAX_DETAIL: Final = 64 << 10
@@ -43,6 +44,18 @@ class _Envelope(BaseModel):
 
     job_id: JobId
     """The job that the frame belongs to."""
+
+
+class Prepare(_Envelope):
+    """To a standby child: what its job will be confined by. The request itself follows when there is one."""
+
+    kind: Literal["prepare"] = "prepare"
+    limits: Limits
+    """What the job may use; its memory limit may be lower."""
+    confinement: Confinement
+    """What confines the job."""
+    environment: Environment
+    """The whole environment of the job."""
 
 
 class Started(_Envelope):
@@ -79,12 +92,14 @@ class KeeperReady(_Envelope):
     kind: Literal["ready"] = "ready"
     pid: Annotated[int, Field(ge=1, lt=1 << 31)]
     """The worker's process id, as the keeper sees it."""
+    init: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    """That of the init of the job's own process ids, if it has some."""
     enforcement: Enforcement
     """What the keeper enforced on the tree."""
 
 
 class Exited(_Envelope):
-    """From the keeper: the worker has ended, and nothing of its tree is left."""
+    """From the keeper: the worker has ended, and nothing of its tree lives but init, which ends with the keeper."""
 
     kind: Literal["exited"] = "exited"
     exit_code: Annotated[int, Field(ge=0, le=255)] | None = None

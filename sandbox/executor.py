@@ -21,19 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox import admission
+from sandbox.background import Background
 from sandbox.breaker import Breaker
 from sandbox.capsule import Writer
 from sandbox.enforce import identity
 from sandbox.errors import ForkserverError, RefusedError, SandboxError
+from sandbox.footprint import Resident, residents
 from sandbox.forkserver import Forkserver
 from sandbox.jobs import Job
 from sandbox.monitor import Cancel, run
 from sandbox.policy import Policy, load
 from sandbox.report import Recorder, Stats
 from sandbox.results import JobResult, LeakReport, Status
+from sandbox.standby import Standbys
 
 #: How often a job is offered to a fresh forkserver when the one before died under it, a count.
 FORKSERVER_TRIES = 3
+#: Kernels built side by side in one job when the policy says 0, a count at most.
+MAX_KERNEL_THREADS = 8
 #: Seconds that :meth:`Sandbox.close` waits for jobs that it has cancelled.
 CLOSE_SECONDS = 5.0
 
@@ -65,8 +70,11 @@ class Sandbox:
         self.recorder.policy = self.policy.name
         self._pid = os.getpid()
         identity.user_of(self.policy.confinement)  # refused now, not at the first job
+        self._tasks: dict[str, _Task] = {}
         self._forkserver = Forkserver(self.policy, self.environment())
-        self._finalizer = weakref.finalize(self, _end, self._forkserver, self._pid)
+        self._background = Background(self.recorder.swallowed)
+        self._standbys = Standbys(self._forkserver, self.policy, self._background, self.recorder.swallowed, self._tasks)
+        self._finalizer = weakref.finalize(self, _end, self._forkserver, self._standbys, self._background, self._pid)
         self._own_cache = self._forkserver.root.path / "cache"
         self._cache = cache
         self._admission = admission.shared()
@@ -74,7 +82,6 @@ class Sandbox:
         self.slots = self.policy.parallel_jobs or usable_cores()
         self._capsules = Writer(self.policy, self.recorder.swallowed)
         self._lock = threading.Lock()
-        self._tasks: dict[str, _Task] = {}
         self._pending: deque[_Task] = deque()
         self._threads: set[threading.Thread] = set()
         self._closed = False
@@ -179,6 +186,30 @@ class Sandbox:
             breaker_opened=self._breaker.opened,
         )
 
+    def processes(self) -> list[Resident]:
+        """The forkserver, its standby children and the jobs of this moment, with the memory that they hold: the sum
+        of `pss_bytes` is what the sandbox takes besides this process. Some 40 ms with a full template."""
+        template = self._forkserver.pid
+        return residents(template, self._standbys.keepers) if template is not None else []
+
+    @property
+    def kernel_threads(self) -> int:
+        """How many kernels the next job should build side by side, a count: the policy's word, or else this job's share
+        of the cores beside the jobs that run, at least one."""
+        with self._lock:
+            jobs = min(len(self._tasks) + 1, self.slots)
+        return self.policy.kernel_threads or max(1, min(usable_cores() // jobs, MAX_KERNEL_THREADS))
+
+    @property
+    def standbys(self) -> int:
+        """Children that wait for a job at this moment, a count."""
+        return self._standbys.ready
+
+    def settle(self, seconds: float) -> bool:
+        """Wait, at most so long, until what no answer waits for is done: the ends of keepers, removals, new standby
+        children. Returns whether it is."""
+        return self._background.wait(seconds)
+
     def environment(self) -> dict[str, str]:
         """What a child may see of this process's environment now, by the policy's allow-list."""
         return self.policy.allowed(os.environ)
@@ -201,7 +232,7 @@ class Sandbox:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
                 self._forkserver.tell_running(thread)
-        self._forkserver.close()
+        _end(self._forkserver, self._standbys, self._background, self._pid)
         self._capsules.close(max(1.0, deadline - time.monotonic()))
 
     def _filled(self, job: Job) -> Job:
@@ -235,6 +266,8 @@ class Sandbox:
                 self.recorder.swallowed(error)
                 result = _failed(task.job, Status.SANDBOX_ERROR, f"{type(error).__name__}: {error}")
             self._settle(task, result)
+            self._background.wake()
+            self._standbys.refill()
 
     def _settle(self, task: _Task, result: JobResult) -> None:
         with self._lock:
@@ -284,6 +317,7 @@ class Sandbox:
 
         with contextlib.ExitStack() as held:
             grant: admission.Grant | None = None
+            standbys: Standbys | None = self._standbys
             for _ in range(FORKSERVER_TRIES):
                 if not still_wanted():
                     break
@@ -296,8 +330,18 @@ class Sandbox:
                         break
                     queued = time.monotonic() - task.submitted
                     job = _limited(task.job, grant.bytes)
-                    result = run(self._forkserver, job, task.cancel, task.targets, queued, grant.tell)
+                    result = run(
+                        self._forkserver,
+                        job,
+                        task.cancel,
+                        task.targets,
+                        queued,
+                        grant.tell,
+                        standbys=standbys,
+                        background=self._background,
+                    )
                 except ForkserverError as error:
+                    standbys = None
                     self.recorder.swallowed(error)
                     problem = str(error)
                 else:
@@ -346,9 +390,13 @@ def _works(result: JobResult) -> bool | None:
     return None if result.status is Status.CANCELLED else True
 
 
-def _end(forkserver: Forkserver, pid: int) -> None:
-    """What is left to do for a sandbox that was dropped, or is still open when the interpreter ends."""
+def _end(forkserver: Forkserver, standbys: Standbys, background: Background, pid: int) -> None:
+    """What is left to do for a sandbox that is closed, was dropped, or is still open when the interpreter ends."""
     if os.getpid() == pid:
+        standbys.close()
+        background.wait(CLOSE_SECONDS)
+        if (thread := background.thread) is not None:
+            forkserver.tell_running(thread)
         forkserver.close()
 
 

@@ -43,7 +43,7 @@ MIN_LIFE_SECONDS = 5.0
 _FAULTS = ("sandbox.faults.inside",)
 #: What a host may be short of when descriptors are sent, which is no fault of the template. ETOOMANYREFS: this user's
 #: processes have too many descriptors under way.
-_SHORTAGES = (errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+SHORTAGES = (errno.ETOOMANYREFS, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _START = "import sys; sys.path[:] = {path!r}; from sandbox.template import main; main({fd})"
 
 
@@ -108,6 +108,8 @@ class Forkserver:
         self.strays = 0
         self._leaks: dict[str, Leak] = {}
         self.facts: dict[str, Any] = {}
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called whenever a template has warmed up; must return at once."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -120,6 +122,11 @@ class Forkserver:
         """Pid of the template, or None when there is none."""
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
+
+    @property
+    def ready_pid(self) -> int | None:
+        """Pid of the template, or None when there is none that can fork."""
+        return self.pid if self._ready else None
 
     def start(self) -> None:
         """Begin to start the template in the background, if none is running."""
@@ -170,9 +177,11 @@ class Forkserver:
         limits: Limits,
         fds: Sequence[int],
         *,
+        standby: bool = False,
         gpu: bool = False,
     ) -> Keeper:
-        """Fork a keeper for a job. ``fds``: job socket, stderr pipe, keeper socket (the child's ends).
+        """Fork a keeper for a job. ``fds``: job socket, stderr pipe, keeper socket (the child's ends). A ``standby``
+        has no job yet, and ``job_id`` is its own name.
 
         Raises:
             ForkserverError: the template is dead, does not answer in time, or refuses.
@@ -184,11 +193,13 @@ class Forkserver:
             "confinement": confinement.model_dump_json(),
             "limits": limits.model_dump_json(),
             "gpu": gpu,
+            "standby": standby,
+            "cgroup": confinement.cgroup != "off" and not standby,
         }
         answer = self._ask(request, fds, self._policy.forkserver.fork_timeout_seconds)
         if answer.get("event") != "forked" or answer.get("job_id") != job_id:
             raise ForkserverError(f"the forkserver refused: {answer.get('reason', answer)}")
-        self.forks += 1
+        self.forks += not standby  # those that get a job are counted then
         return Keeper(int(answer["pid"]), int(answer["start_ticks"]))
 
     def leaks(self) -> tuple[Leak, ...]:
@@ -265,7 +276,7 @@ class Forkserver:
                 try:
                     socket.send_fds(control, [json.dumps(request).encode()], list(fds))
                 except OSError as error:
-                    if error.errno in _SHORTAGES:
+                    if error.errno in SHORTAGES:
                         raise ForkserverError(f"the fork cannot be asked for: {error}") from None
                     raise
                 answer = json.loads(control.recv(MAX_MESSAGE) or b"null")
@@ -390,6 +401,7 @@ class Forkserver:
             self._ready = not self._closed
             self._ready_since = time.monotonic()
             self._change.notify_all()
+        self.on_ready()
         return process
 
     def _template_environment(self, folder: Path) -> dict[str, str]:

@@ -119,12 +119,12 @@ def _reap(report: socket.socket, worker: int) -> NoReturn:
     keep_only({report.fileno()})
     while True:
         try:
-            pid, status = os.waitpid(-1, 0)
+            pid, status, usage = os.wait4(-1, 0)
         except ChildProcessError:
             signal.pause()
             continue
         if pid == worker:
-            _send(report, {"status": status})
+            _send(report, {"status": status, "cpu_seconds": usage.ru_utime + usage.ru_stime})
 
 
 def _send(report: socket.socket, message: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ SCHEMA_VERSION: Final = 1
 JobId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{7,63}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Scalar = bool | int | float | str | None
+Environment = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str]
 
 _TARGET = re.compile(r"^(cpu|cuda:[0-9]{2,3}|cuda:[0-9]{2,3}:(32|64)|hip:[a-z0-9]{4,12}(:(32|64))?)$")
 
@@ -79,7 +80,7 @@ class _JobBase(_Model):
     """Whether the child notes where descriptors, files, semaphores and threads are made, so that leaks can tell it. If
     it is not given, `Sandbox.submit` fills in the policy's."""
 
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
+    environment: Environment = Field(default_factory=dict)
     """The whole environment of the child, already reduced to the policy's allow-list. If it is not given,
     `Sandbox.submit` fills in what the policy lets through."""
 

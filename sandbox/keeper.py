@@ -28,10 +28,21 @@ from sandbox.enforce.namespaces import TEMPORARY, Entered
 from sandbox.errors import EnforcementError, WireError
 from sandbox.init import keep_only
 from sandbox.limits import Confinement, Limits
-from sandbox.processes import Process, descendants, kill_tree, read_stat, reap, send_signal
+from sandbox.processes import (
+    TICKS_PER_SECOND,
+    Process,
+    descendants,
+    kill_tree,
+    read_file,
+    read_stat,
+    reap,
+    runs,
+    send_signal,
+    walk,
+)
 from sandbox.reclaim import Evidence, Record, mapped_inodes, reclaim, used_by
 from sandbox.results import Enforcement, Leak, Mechanism, State, printable
-from sandbox.wire import Exited, KeeperReady, send_frame
+from sandbox.wire import Exited, KeeperReady, encode_frame, send_frame
 
 #: Seconds that a frame to the parent may take; the parent reads all the time, so this is only a guard.
 SEND_SECONDS = 5.0
@@ -39,6 +50,8 @@ SEND_SECONDS = 5.0
 LOOK_SECONDS = 0.25
 #: Order of the parent to kill; with the other one, the worker first prints its stacks.
 KILL, KILL_WITH_STACKS = b"K", b"S"
+#: To the keeper of a standby child: its job begins. The job's memory limit follows, 8 bytes, big-endian.
+BEGIN = b"B"
 #: Seconds that a worker has to print its stacks, before it is killed.
 STACKS_SECONDS = 0.1
 #: Characters of a path in a job's own /tmp that is looked at: each look walks the whole path.
@@ -86,7 +99,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
         check(confinement, {"cgroup": state})
         entered = prepare_keeper(confinement, root=str(folder.parent), gpu=request["gpu"])
         entered.states["cgroup"] = state
-        before = ledger.take()
+        before = ledger.take(own=False)
         # The template's own folder, in which we still are, holds what its warm-up has built.
         read = paths.needed(os.environ, gpu=False, extra=(os.getcwd(), *confinement.read)).read
         ours, theirs = init.channel()
@@ -100,7 +113,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
                 report_end.detach()  # closed once the worker is confined
                 for fd in (wake_read, wake_write, parent.fileno(), ours.fileno(), report.fileno()):
                     os.close(fd)
-                work = functools.partial(child.main, job_id, place, job_fd, stderr_fd)
+                work = functools.partial(child.main, job_id, request["standby"], place, job_fd, stderr_fd)
                 init.main(theirs, entered, confinement, folder, read, group, work)  # never returns
             finally:
                 os._exit(1)
@@ -113,10 +126,11 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
             if entered.own_user:
                 libc.drop_capabilities()
             worker = _started(ours, entered, confinement)
-            tree = _Tree(worker, first, ours, entered, group, limits, Record(folder))
+            tree = _Tree(worker, first, ours, entered, group, limits, Record(folder), request["standby"])
             return _see_through(job_id, folder, parent, report, wake_read, tree, before)
         finally:
-            # Whatever went wrong with us, the tree does not outlive it.
+            # What is left is init, which the kernel takes 15 ms for: after the report. Or something went wrong with us,
+            # and the tree does not outlive it.
             kill_tree(own, deadline_seconds=KILL_SECONDS)
     except EnforcementError as error:
         send_frame(parent, Exited(job_id=job_id, refused=str(error)), b"", SEND_SECONDS)
@@ -160,25 +174,30 @@ def _see_through(
 ) -> int:
     """From the worker's start to the keeper's own end."""
     try:
-        ready = KeeperReady(job_id=job_id, pid=tree.worker, enforcement=Enforcement(mechanisms=tree.entered.states))
+        ready = KeeperReady(
+            job_id=job_id,
+            pid=tree.worker,
+            init=tree.first if tree.entered.own_pids else None,
+            enforcement=Enforcement(mechanisms=tree.entered.states),
+        )
         send_frame(parent, ready, b"", SEND_SECONDS)
+        if tree.waits:
+            _rehearse(job_id, tree, before, folder)
         _wait(parent, report, wake_read, tree)
     except WireError:
         tree.orphaned = True  # the parent is gone: clean up all the same
     leaks = _clean(tree, before, folder)
     tree.record.remove()
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     seen = tree.group.seen() if tree.group is not None else cgroups.Seen()
-    if tree.group is not None:
-        tree.group.remove()  # before the report: whoever reads it finds nothing left
     if tree.orphaned:
+        kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS)
         scratch.remove(folder)
         return 0
     exited = Exited(
         job_id=job_id,
         exit_code=None if tree.status is None or tree.status < 0 else tree.status,
         signal=-tree.status if tree.status is not None and tree.status < 0 else None,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        cpu_seconds=tree.cpu_seconds(),
         breach=_breach(tree, seen),
         peak_memory_bytes=seen.peak_bytes,
         leaks=tuple(leaks[: child.MAX_LEAKS]),
@@ -203,6 +222,7 @@ class _Tree:
         group: cgroups.Group | None,
         limits: Limits,
         record: Record,
+        waits: bool,
     ) -> None:
         self.worker = worker
         self.first = first  # pid 1 of the job's own process ids; without them it is the worker
@@ -211,6 +231,10 @@ class _Tree:
         self.group = group
         self.limits = limits
         self.record = record
+        self.waits = waits  # a standby that has no job yet
+        stat = read_stat(worker)
+        self.readable = stat is not None and stat.may_look  # else nobody tells how it ends before it is dead
+        self.told_cpu = 0.0  # CPU seconds of the worker at its end
         self.status: int | None = None  # exit code, or the negative signal, once the worker has ended
         self.orphaned = False  # the parent is gone
         self.ordered = False  # the kill was ordered: by the parent, or by what the job has done
@@ -222,16 +246,41 @@ class _Tree:
     def note(self, pid: int, status: int, _cpu_seconds: float) -> None:
         """A process of the tree was collected."""
         self.pids.add(pid)
-        # With init everything else ends, too; before it was killed by us it was by the kernel, for memory.
+        # With init everything else ends, too: the kernel has killed it, for memory.
         if pid == self.first and self.status is None:
             self.status = os.waitstatus_to_exitcode(status)
 
     def hear(self) -> None:
         """Init says how the worker ended. What else comes is a job's that has its descriptor, or init's end."""
         message, sender = init.receive(self.init)
-        status = message.get("status")
+        status, cpu_seconds = message.get("status"), message.get("cpu_seconds")
         if sender == self.first and self.status is None and isinstance(status, int) and 0 <= status < 1 << 16:
             self.status = os.waitstatus_to_exitcode(status)
+            self.told_cpu = cpu_seconds if isinstance(cpu_seconds, float) else 0.0
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the tree, all of whose processes but init are dead. /proc counts in clock ticks what init has
+        collected, init itself more finely what its first child had used."""
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        stat = read_stat(self.first) if self.entered.own_pids else None
+        ticks = stat.own_ticks + stat.reaped_ticks if stat is not None else 0
+        return usage.ru_utime + usage.ru_stime + max(ticks / TICKS_PER_SECOND, self.told_cpu)
+
+    def none_left(self) -> None:
+        """Nobody is under the filter any more, so nobody of the job runs. Since Linux 6.11 the kernel says so when the
+        last one begins to end, and takes up to 20 ms then to take its memory apart; its status is known already."""
+        stat = read_stat(self.worker)
+        if self.status is None and self.readable and stat is not None and not stat.dead and not runs(stat):
+            self.status = os.waitstatus_to_exitcode(stat.exit_code)
+            nanoseconds = (read_file(f"/proc/{self.worker}/schedstat") or b"0").split()[0]
+            ticks = stat.own_ticks + stat.reaped_ticks
+            self.told_cpu = max(ticks / TICKS_PER_SECOND, int(nanoseconds) / 1e9)
+
+    def begin(self, memory_bytes: int) -> None:
+        """A standby has got its job, which was granted so much memory."""
+        self.waits = False
+        if self.group is not None and memory_bytes < self.limits.memory_bytes:
+            self.group.lower_memory(memory_bytes)
 
     def look(self) -> None:
         """In namespaces that are shared with the host, what the job's processes hold is how its objects are known."""
@@ -251,6 +300,16 @@ class _Tree:
         return found is not None and found.state is State.ENFORCED
 
 
+def _rehearse(job_id: str, tree: _Tree, before: ledger.Snapshot, folder: Path) -> None:
+    """What a keeper does at the end, once for nothing, for the reason of :func:`child._rehearse`."""
+    descendants(os.getpid())
+    _temporary(tree)
+    tree.cpu_seconds()
+    seen = tree.group.seen() if tree.group is not None else cgroups.Seen()
+    ledger.differences(before, ledger.take(folders=(folder / "tmp",), own=False))
+    encode_frame(Exited(job_id=job_id, breach=_breach(tree, seen)))
+
+
 def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _Tree) -> None:
     """Until the worker has ended, or the parent orders the kill, or is gone, or the job makes a forbidden call."""
     poll = select.poll()
@@ -263,11 +322,12 @@ def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _T
     alone = tree.entered.own_shm and tree.has("ipc_namespace") and tree.group is None
     interval = None if alone else LOOK_SECONDS * 1000
     while tree.status is None:
-        tree.look()
-        if tree.group is not None and tree.group.seen().oom_kills:
-            tree.ordered = True  # v1 has killed one process of the tree, and the others may wait for it for ever
-            return
-        for fd, events in poll.poll(interval):
+        if not tree.waits:
+            tree.look()
+            if tree.group is not None and tree.group.seen().oom_kills:
+                tree.ordered = True  # v1 has killed one process of the tree, and the others may wait for it for ever
+                return
+        for fd, events in poll.poll(None if tree.waits else interval):
             if fd == wake_read:
                 os.read(wake_read, 4096)
             elif fd == tree.init.fileno():
@@ -283,7 +343,8 @@ def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _T
                 if events & select.POLLIN:
                     tree.violation = seccomp.read_violation(listener)
                 else:
-                    poll.unregister(listener)  # nobody is under the filter any more
+                    poll.unregister(listener)
+                    tree.none_left()
                 if tree.violation:
                     tree.ordered = True
                     return
@@ -292,6 +353,9 @@ def _wait(parent: socket.socket, report: socket.socket, wake_read: int, tree: _T
                     order = parent.recv(1)
                 except ConnectionResetError:
                     order = b""  # the parent died with our word unread
+                if order == BEGIN:
+                    tree.begin(int.from_bytes(parent.recv(8, socket.MSG_WAITALL)))
+                    continue
                 tree.ordered = True
                 tree.orphaned = not order
                 if order == KILL_WITH_STACKS:
@@ -320,12 +384,14 @@ def _clean(tree: _Tree, before: ledger.Snapshot, folder: Path) -> list[Leak]:
         tree.group.kill()
     if tree.entered.own_pids:
         # All but init, whose root is then as the job has left it: nobody changes it while it is read.
-        kill_tree(tree.first, deadline_seconds=KILL_SECONDS)
+        if any(runs(stat) for stat in walk(tree.first) if stat.pid != tree.first):
+            kill_tree(tree.first, deadline_seconds=KILL_SECONDS)
         leaks += _temporary(tree) if tree.has("mount_namespace") else []
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(tree.first, signal.SIGKILL)  # the kernel kills all that it is init of
-    kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
-    after = ledger.take(folders=(folder / "tmp",))
+        if tree.status is None:
+            tree.status = -signal.SIGKILL  # by us, just now; init has not yet told
+    else:
+        kill_tree(os.getpid(), deadline_seconds=KILL_SECONDS, on_reaped=tree.note)
+    after = ledger.take(folders=(folder / "tmp",), own=False)
     evidence = Evidence(
         own_shm=tree.entered.own_shm,
         own_ipc=tree.has("ipc_namespace"),

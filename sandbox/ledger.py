@@ -125,15 +125,16 @@ class Held:
         return Leak(kind=self.kind, object=text, owner=owner, reclaimed=reclaimed, stack=stack)
 
 
-def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = True) -> Snapshot:
-    """What process ``pid`` (default: this one) holds now; with ``ipc`` also what /dev/shm and SysV IPC hold.
+def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = True, own: bool = True) -> Snapshot:
+    """What process ``pid`` (default: this one) holds now; with ``ipc`` also what /dev/shm and SysV IPC hold. Without
+    ``own`` only that, and the folders: no descriptors, threads, maps and processes.
 
     /dev/shm and the SysV objects are those of the namespaces of the *calling* process: for a job in namespaces of
     its own, call it in the keeper.
     """
     # By this number /proc knows us, also if it is that of another PID namespace than ours.
     target = int(os.readlink("/proc/self")) if pid is None else pid
-    below = [stat for stat in walk(target) if stat.pid != target]
+    below = [stat for stat in walk(target) if stat.pid != target] if own else []
     files: dict[str, Inode] = {}
     more: dict[str, int] = {}
     for folder in folders:
@@ -142,15 +143,15 @@ def take(pid: int | None = None, folders: tuple[Path, ...] = (), ipc: bool = Tru
         if rest:
             more[str(folder)] = rest
     return Snapshot(
-        fds=descriptors(target),
+        fds=descriptors(target) if own else {},
         posix=_posix() if ipc else {},
         sysv={(found.kind, found.id): found for found in sysv_objects()} if ipc else {},
         files=files,
         more_files=more,
         processes={stat.key: stat.process for stat in below if not stat.dead},
         zombies={stat.key: stat.process for stat in below if stat.dead and stat.ppid == target},
-        threads=_threads(target),
-        deleted_maps=_deleted_maps(target),
+        threads=_threads(target) if own else {},
+        deleted_maps=_deleted_maps(target) if own else frozenset(),
     )
 
 
@@ -265,7 +266,7 @@ def call_stack(found: Frames) -> tuple[str, ...]:
 
 def _deleted_maps(pid: int) -> frozenset[tuple[int, str]]:
     found = set()
-    for line in read_lines(f"/proc/{pid}/maps"):
+    for line in read_lines(f"/proc/{pid}/maps", b" (deleted)\n"):
         if line.endswith(b" (deleted)"):
             # address, mode, offset, device, inode, path
             *_, inode, path = line.removesuffix(b" (deleted)").split(None, 5)
@@ -334,11 +335,13 @@ def sysv_objects() -> Iterator[SysvObject]:
             )
 
 
-def read_lines(path: str) -> list[bytes]:
-    """A /proc file; no lines if its process is gone, if it is not ours to read, or not in this kernel."""
+def read_lines(path: str, text: bytes = b"") -> list[bytes]:
+    """A /proc file; no lines if its process is gone, if it is not ours to read, or not in this kernel; or if ``text``
+    is not in it."""
     try:
-        with open(path, "rb") as file:
-            return file.read().splitlines()
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
+            return data.splitlines() if text in data else []
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return []
 

@@ -63,7 +63,7 @@ class TreeMeter:
     #: Seconds of exact reading in one sample; what is left over is read in the next one, unless the limit is reached.
     MAX_READING = 0.05
 
-    def __init__(self, root_pid: int, memory_limit_bytes: int, exact_share: float = 0.02) -> None:
+    def __init__(self, root_pid: int, memory_limit_bytes: int, exact_share: float = 0.005) -> None:
         self.root_pid = root_pid
         self.memory_limit_bytes = memory_limit_bytes
         self.peak_memory_bytes = 0
@@ -163,9 +163,22 @@ def _rollup(pid: int) -> bytes | None:
         return None  # not ours to read: another user's, or it has made itself undumpable
 
 
+def sizes(pid: int) -> tuple[int, int]:
+    """Private memory and proportional set size of a process, in bytes; zeros if it is gone or not ours to read."""
+    fields = (line.split() for line in (_rollup(pid) or b"").splitlines())
+    found = {each[0]: int(each[1]) * 1024 for each in fields if len(each) == 3}
+    private = found.get(b"Private_Clean:", 0) + found.get(b"Private_Dirty:", 0) + found.get(b"SwapPss:", 0)
+    return private, found.get(b"Pss:", 0) + found.get(b"SwapPss:", 0)
+
+
 def can_read_exactly(pid: int) -> bool:
-    """Whether the kernel tells the private memory of a process to this one."""
-    return bool(_rollup(pid))
+    """Whether the kernel tells the private memory of a process to this one: it decides that when the file is opened,
+    and to read it would cost milliseconds."""
+    try:
+        os.close(os.open(f"/proc/{pid}/smaps_rollup", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False  # gone, another user's, undumpable; or not in this kernel
+    return True
 
 
 def _exact(pid: int) -> tuple[int, int]:

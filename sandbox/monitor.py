@@ -29,15 +29,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from sandbox import artifacts, ledger, reclaim, scratch
-from sandbox.enforce import cgroups, identity
+from sandbox import artifacts, ledger, reclaim, scratch, sealed
+from sandbox.background import Background
+from sandbox.enforce import identity
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
-from sandbox.errors import WireError
-from sandbox.forkserver import Forkserver, Keeper, socket_pair
+from sandbox.errors import ForkserverError, WireError
+from sandbox.forkserver import SHORTAGES, Forkserver
 from sandbox.jobs import CallableSpec, Job
 from sandbox.keeper import KILL, KILL_WITH_STACKS
-from sandbox.meter import TreeMeter, can_read_exactly, survey
-from sandbox.processes import kill_tree, read_stat
+from sandbox.launch import KILL_SECONDS, Launched, check_closed, launch, only_init_lives, see_dead
+from sandbox.meter import survey
 from sandbox.results import (
     OWN_LEAKS,
     Artifact,
@@ -45,12 +46,12 @@ from sandbox.results import (
     JobResult,
     Leak,
     LeakReport,
-    Mechanism,
     State,
     Status,
     Usage,
     printable,
 )
+from sandbox.standby import Standbys
 from sandbox.verdict import Evidence, judge, signal_name
 from sandbox.wire import FrameReader, OversizedFrame, encode_frame
 
@@ -58,9 +59,6 @@ from sandbox.wire import FrameReader, OversizedFrame, encode_frame
 SAMPLE_SECONDS = 0.1
 #: Looks at the tree between two looks at the scratch folder, which cost more.
 DISK_EVERY = 5
-#: Seconds that a keeper has to kill the tree and report, before it is killed itself: with that a job ends within one
-#: second after its deadline, also if its keeper hangs.
-KILL_SECONDS = 0.7
 #: This process looks ten times a second. If it has not for so many seconds, it was stopped (a paused container, a
 #: debugger), and most likely the job with it: the time does not count as the job's, or its graph would be taken for one
 #: that hangs.
@@ -74,6 +72,8 @@ DRAIN_SECONDS = 1.0
 DRAIN_BYTES = 8 << 20
 #: What a worker may say of its own confinement; the rest is the keeper's and ours to say.
 WORKER_MECHANISMS = frozenset({"rlimits", "no_new_privs", "capabilities", "landlock", "seccomp"})
+#: Keepers of answered jobs that may be about to end, a count; the next one is waited for before its job is answered.
+MAX_ENDING = 16
 #: Frames from the keeper carry no payload.
 NO_PAYLOAD = 0
 _READ = 1 << 16
@@ -84,25 +84,21 @@ class _Watch:
     """One running job."""
 
     job: Job
-    scratch: Path
-    worker: socket.socket
-    keeper: socket.socket
-    stderr: int
-    process: Keeper
+    child: Launched
     started: float
     tell_memory: Callable[[int], None]
     seen: Evidence = field(default_factory=Evidence)
-    meter: TreeMeter | None = None
     kill_deadline: float | None = None
     reply_at: float = 0.0
     keeper_gone: bool = False
-    pid: int | None = None
-    start_ticks: int = 0
     tail: deque[bytes] = field(default_factory=deque)
     tail_bytes: int = 0
     stderr_bytes: int = 0
     cpu_seconds: float = 0.0
     peak_memory: int = 0
+
+    def __post_init__(self) -> None:
+        self.seen.forked = self.child.pid is not None
 
     def breach(self, status: Status, detail: str) -> None:
         """Record the first cause and have the tree killed. A complete reply is a cause, too: what the child does
@@ -118,7 +114,7 @@ class _Watch:
             self.seen.ordered = True
             runs_on = self.seen.cause is not None and self.seen.cause[0] in (Status.TIMEOUT, Status.CPU_LIMIT)
             with contextlib.suppress(OSError):
-                self.keeper.send(KILL_WITH_STACKS if runs_on else KILL)
+                self.child.keeper.send(KILL_WITH_STACKS if runs_on else KILL)
 
 
 class Cancel:
@@ -161,8 +157,11 @@ def run(
     targets: dict[str, Path],
     queued: float = 0.0,
     tell_memory: Callable[[int], None] = lambda _: None,
+    *,
+    standbys: Standbys | None = None,
+    background: Background,
 ) -> JobResult:
-    """Run one job in one fresh child, to its end.
+    """Run one job in one child, to its end.
 
     Args:
         forkserver: where the child comes from.
@@ -171,54 +170,45 @@ def run(
         targets: the user's cache folders by the first part of an artifact's path.
         queued: seconds that the job waited before this call, for the result.
         tell_memory: called at each look with the bytes that the job uses.
+        standbys: children that wait for a job; without one that fits, a fresh one is forked.
+        background: where the end of the keeper is waited for, and its folder removed.
 
     Raises:
-        ForkserverError: the child could not be forked; nothing is left of the job.
+        ForkserverError: the child could not be forked, or was a standby that ended before it had begun; nothing is
+            left of the job.
         OSError: the parent lacks descriptors or disk for it; nothing is left of the job.
     """
     left: list[Leak] = []
+    spec = job.spec
     made: dict[int, str] = {}
     with contextlib.ExitStack() as stack:
         # Called last: by then all that this job has opened here must be closed.
-        stack.callback(_check_closed, job.spec.job_id, made, forkserver)
-        folder = forkserver.root.folder(job.spec.job_id)
-        stack.callback(_remove, folder, left)
-        for name in ("home", "tmp", *(f"{artifacts.FOLDER}/{kind}" for kind in artifacts.KINDS)):
-            (folder / name).mkdir(parents=True)
-        user = identity.user_of(job.spec.confinement)
-        if user is not None:
-            identity.hand_over(folder, user)
-        worker, worker_end = socket_pair(socket.SOCK_STREAM)
-        stack.callback(worker.close)
-        stack.callback(worker_end.close)
-        keeper, keeper_end = socket_pair(socket.SOCK_STREAM)
-        stack.callback(keeper.close)
-        stack.callback(keeper_end.close)
-        wake = stack.enter_context(cancel.listening())  # may raise: before the pipe, whose end is closed below
-        stderr, stderr_end = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, stderr)
-        every = (worker.fileno(), worker_end.fileno(), keeper.fileno(), keeper_end.fileno(), stderr, stderr_end, wake)
-        made |= ledger.links(every)
+        stack.callback(check_closed, spec.job_id, made, forkserver)
+        wake = stack.enter_context(cancel.listening())
+        child = standbys.take(spec) if standbys is not None else None
+        if child is None:
+            child = launch(forkserver, spec.job_id, spec.confinement, spec.limits, gpu=spec.gpu)
+        stack.callback(child.close)
+        made |= child.made | ledger.links((wake,))
+        watch = _Watch(job, child, time.monotonic(), tell_memory)
         try:
-            ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
-            spec = job.spec
-            process = forkserver.fork(spec.job_id, folder, spec.confinement, spec.limits, ends, gpu=spec.gpu)
-        finally:
-            os.close(stderr_end)
-        started = time.monotonic()
-        worker_end.close()
-        keeper_end.close()
-        worker.setblocking(False)
-        keeper.setblocking(False)
-        os.set_blocking(stderr, False)
-        watch = _Watch(job, folder, worker, keeper, stderr, process, started, tell_memory)
-        try:
-            _measure(watch)
+            if not child.standby:
+                child.measure()
+            watch.seen.mechanisms.update(child.mechanisms)
+            for channel in (child.worker, child.keeper):
+                channel.setblocking(False)
+            os.set_blocking(child.stderr, False)
             _watch(watch, cancel, wake)
         finally:
-            _see_dead(watch, forkserver)
+            reported = watch.seen.exited is not None
+            if not (reported and only_init_lives(child, watch.seen.mechanisms)):
+                see_dead(child, reported)
+                left += _recorded(child.folder)
+            # The kernel and the disk take their time for it, and no answer has to wait.
+            stack.callback(background.add, child.clear_away, MAX_ENDING)
+        if child.standby and not watch.seen.started and watch.seen.cause is None:
+            raise ForkserverError("a standby child ended before its job began")
         result = _result(watch, targets, queued)
-        left += _recorded(folder)
     if left:
         # Whoever reads the report must know what the job has left on the disk.
         leaks = LeakReport(job_id=result.job_id, leaks=(*result.leaks.leaks, *left))
@@ -234,38 +224,10 @@ def _recorded(folder: Path) -> list[Leak]:
     return found
 
 
-def _check_closed(job_id: str, made: dict[int, str], forkserver: Forkserver) -> None:
-    """A descriptor of this job's that is still open in the service is a leak of ours. A number that leads elsewhere by
-    now was closed and is somebody else's."""
-    now = ledger.links(made)
-    for fd, target in made.items():
-        if now.get(fd) == target:
-            held = ledger.Held(ledger.fd_kind(target), f"{ledger.fd_text(fd, target)} of {job_id}")
-            forkserver.tell(held.leak("parent"))
-
-
 def _clean(leak: Leak) -> Leak:
     """As it may stand in a log, whatever the job has written into it."""
     stack = tuple(printable(line, ledger.MAX_TEXT) for line in leak.stack[: ledger.MAX_FRAMES])
     return leak.model_copy(update={"object": printable(leak.object, ledger.MAX_TEXT), "stack": stack})
-
-
-def _remove(folder: Path, left: list[Leak]) -> None:
-    for text in scratch.remove(folder):
-        left.append(Leak(kind="temp_file", object=text[:300], owner="child", reclaimed=False))
-
-
-def _measure(watch: _Watch) -> None:
-    """Begin to measure the tree, as the policy says."""
-    demand = watch.job.spec.confinement.watchdog
-    if demand == "off":
-        state = Mechanism(state=State.OFF, reason="only wall time, reply and stderr are watched")
-    else:
-        watch.meter = TreeMeter(watch.process.pid, watch.job.spec.limits.memory_bytes)
-        state = Mechanism(state=State.ENFORCED)
-        if not can_read_exactly(watch.process.pid):
-            state = Mechanism(state=State.PARTIAL, reason="private memory is estimated: smaps_rollup is not readable")
-    watch.seen.mechanisms["watchdog"] = state
 
 
 def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
@@ -278,10 +240,10 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
     looked = watch.started
     ticks = 0
     next_sample = watch.started + SAMPLE_SECONDS
-    with selectors.DefaultSelector() as selector:
-        selector.register(watch.worker, selectors.EVENT_READ | selectors.EVENT_WRITE, "worker")
-        selector.register(watch.keeper, selectors.EVENT_READ, "keeper")
-        selector.register(watch.stderr, selectors.EVENT_READ, "stderr")
+    with selectors.DefaultSelector() as selector, contextlib.closing(outgoing):
+        selector.register(watch.child.worker, selectors.EVENT_READ | selectors.EVENT_WRITE, "worker")
+        selector.register(watch.child.keeper, selectors.EVENT_READ, "keeper")
+        selector.register(watch.child.stderr, selectors.EVENT_READ, "stderr")
         selector.register(wake, selectors.EVENT_READ, "cancel")
         while watch.seen.exited is None and not watch.keeper_gone:
             settled = watch.kill_deadline is not None or watch.seen.reply is not None
@@ -295,7 +257,7 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
                     _serve_keeper(watch, reports)
                 elif key.data == "stderr":
                     if _read_stderr(watch) < 0:
-                        selector.unregister(watch.stderr)
+                        selector.unregister(watch.child.stderr)
                 else:
                     selector.unregister(wake)
                     watch.breach(Status.CANCELLED, cancel.reason or "cancelled")
@@ -323,7 +285,7 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
         while (read := _read_stderr(watch)) > 0 and budget > 0 and time.monotonic() < end:
             budget -= read
         budget = limits.reply_bytes + DRAIN_BYTES
-        while watch.seen.cause is None and budget > 0 and time.monotonic() < end and _readable(watch.worker):
+        while watch.seen.cause is None and budget > 0 and time.monotonic() < end and _readable(watch.child.worker):
             if (read := _read_worker(watch, replies)) < 0:
                 break
             budget -= read
@@ -331,19 +293,42 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
 
 
 class _Outgoing:
-    """The request frame, sent as the worker's socket takes it."""
+    """The request frame, sent as the worker's socket takes it; a large payload in a sealed file that goes with it."""
 
     def __init__(self, job: Job) -> None:
-        self._buffers = [memoryview(buffer) for buffer in encode_frame(job.spec, job.payload)]
+        self._job = job
+        self._file = -1
+        if len(job.payload) > sealed.LARGE:
+            with contextlib.suppress(OSError):  # no memory or descriptor for it, or no memfd here: by the socket
+                self._file = sealed.seal(job.payload)
+        self._encode()
+
+    def _encode(self) -> None:
+        payload = self._job.payload if self._file < 0 else b""
+        self._buffers = [memoryview(buffer) for buffer in encode_frame(self._job.spec, payload)]
+
+    def close(self) -> None:
+        """Close the file; the kernel keeps it as long as it is under way or held by the worker."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def send(self, sock: socket.socket) -> bool:
         """Send some more; returns whether all is sent."""
         while self._buffers:
             try:
-                sent = sock.sendmsg(self._buffers[:8])
+                if self._file >= 0:
+                    sent = socket.send_fds(sock, self._buffers[:8], [self._file])
+                    self.close()
+                else:
+                    sent = sock.sendmsg(self._buffers[:8])
             except BlockingIOError:
                 return False
-            except OSError:
+            except OSError as error:
+                if self._file >= 0 and error.errno in SHORTAGES:
+                    self.close()
+                    self._encode()  # nothing is out yet
+                    continue
                 self._buffers.clear()  # the worker is gone; its exit status says why
                 return True
             while self._buffers and sent >= len(self._buffers[0]):
@@ -356,16 +341,16 @@ class _Outgoing:
 def _serve_worker(
     watch: _Watch, selector: selectors.BaseSelector, outgoing: _Outgoing, replies: FrameReader, events: int
 ) -> None:
-    if events & selectors.EVENT_WRITE and outgoing.send(watch.worker):
-        selector.modify(watch.worker, selectors.EVENT_READ, "worker")
+    if events & selectors.EVENT_WRITE and outgoing.send(watch.child.worker):
+        selector.modify(watch.child.worker, selectors.EVENT_READ, "worker")
     if events & selectors.EVENT_READ and _read_worker(watch, replies) < 0:
-        selector.unregister(watch.worker)
+        selector.unregister(watch.child.worker)
 
 
 def _read_worker(watch: _Watch, replies: FrameReader) -> int:
     """Take what the worker has sent; returns how many bytes, or -1 if no more will be taken."""
     try:
-        data = watch.worker.recv(_READ * 16)
+        data = watch.child.worker.recv(_READ * 16)
     except BlockingIOError:
         return 0
     except OSError:
@@ -407,18 +392,17 @@ def _take(watch: _Watch, envelope: BaseModel, payload: bytes) -> None:
 def _serve_keeper(watch: _Watch, reports: FrameReader) -> None:
     seen = watch.seen
     try:
-        data = watch.keeper.recv(_READ)
+        data = watch.child.keeper.recv(_READ)
         if not data:
             raise WireError("it is gone")
         for frame in reports.feed(data):
             report: BaseModel = parse_envelope(frame.envelope, KeeperReady, Exited)
-            if getattr(report, "job_id", None) != watch.job.spec.job_id:
+            if getattr(report, "job_id", None) != watch.child.name:
                 raise WireError("a report of another job's keeper")
             if isinstance(report, KeeperReady):
-                if watch.pid is not None:
+                if watch.child.pid is not None:
                     raise WireError("a second 'ready'")
-                stat = read_stat(report.pid)
-                watch.pid, watch.start_ticks = report.pid, stat.start_ticks if stat else 0
+                watch.child.ready(report)
                 seen.forked = True
                 seen.mechanisms.update(report.enforcement.mechanisms)
             elif isinstance(report, Exited):
@@ -427,16 +411,16 @@ def _serve_keeper(watch: _Watch, reports: FrameReader) -> None:
         return
     except (WireError, OSError) as error:
         watch.keeper_gone = True
-        if seen.cause is None and seen.reply is None:
+        if seen.cause is None and seen.reply is None and not watch.child.standby:
             # Before it forked the worker the failure is ours; afterwards only the job could reach its keeper.
-            status = Status.SANDBOX_ERROR if watch.pid is None else Status.CRASHED
+            status = Status.SANDBOX_ERROR if watch.child.pid is None else Status.CRASHED
             seen.cause = (status, f"the job's keeper died: {error}")
 
 
 def _read_stderr(watch: _Watch) -> int:
     """Take what the job has written; returns how many bytes there were, or -1 at the end."""
     try:
-        data = os.read(watch.stderr, _READ)
+        data = os.read(watch.child.stderr, _READ)
     except BlockingIOError:
         return 0
     if not data:
@@ -454,16 +438,16 @@ def _read_stderr(watch: _Watch) -> int:
 
 def _sample(watch: _Watch, ticks: int) -> None:
     """Look at the tree and the scratch folder; kill at a breach."""
-    if watch.meter is None or watch.kill_deadline is not None:
+    if watch.child.meter is None or watch.kill_deadline is not None:
         return
     limits = watch.job.spec.limits
-    usage = watch.meter.sample()
-    watch.cpu_seconds = max(watch.cpu_seconds, usage.cpu_seconds)
+    usage = watch.child.meter.sample()
+    watch.cpu_seconds = max(watch.cpu_seconds, usage.cpu_seconds - watch.child.cpu_seconds)
     watch.peak_memory = max(watch.peak_memory, usage.memory_bytes)
     watch.tell_memory(usage.memory_bytes)
     # The init of the job's process ids is ours. Whether there is one is not known before the keeper is ready.
     pids = watch.seen.mechanisms.get("pid_namespace")
-    init = 1 if watch.pid is None or (pids is not None and pids.state in (State.ENFORCED, State.PARTIAL)) else 0
+    init = 1 if watch.child.pid is None or (pids is not None and pids.state in (State.ENFORCED, State.PARTIAL)) else 0
     processes, threads = usage.processes - init, usage.threads - init
     # The more telling cause first: a fork bomb is over the memory limit, too.
     if processes > limits.processes:
@@ -475,13 +459,13 @@ def _sample(watch: _Watch, ticks: int) -> None:
             Status.MEMORY_LIMIT,
             f"{usage.memory_bytes} bytes of private memory, limits.memory_bytes = {limits.memory_bytes}",
         )
-    elif usage.cpu_seconds > limits.cpu_seconds:
+    elif watch.cpu_seconds > limits.cpu_seconds:
         watch.breach(
-            Status.CPU_LIMIT, f"{usage.cpu_seconds:.1f} s of CPU time, limits.cpu_seconds = {limits.cpu_seconds:g}"
+            Status.CPU_LIMIT, f"{watch.cpu_seconds:.1f} s of CPU time, limits.cpu_seconds = {limits.cpu_seconds:g}"
         )
     elif ticks % DISK_EVERY == 0:
-        used = survey(watch.scratch)
-        nameless = watch.meter.nameless_bytes(os.stat(watch.scratch.parent).st_dev)
+        used = survey(watch.child.folder)
+        nameless = watch.child.meter.nameless_bytes(os.stat(watch.child.folder.parent).st_dev)
         if used.bytes + nameless > limits.disk_bytes or not used.complete:
             removed = f" and {nameless} in removed files that are still open" if nameless else ""
             watch.breach(
@@ -497,25 +481,6 @@ def _readable(sock: socket.socket) -> bool:
         return bool(selector.select(0))
 
 
-def _see_dead(watch: _Watch, forkserver: Forkserver) -> None:
-    """Return only when every process of the job is dead: then nobody changes its files any more.
-
-    A keeper that has reported ends at once. One that does not was stopped by the job, or its report was forged.
-    """
-    end = time.monotonic() + KILL_SECONDS
-    while watch.seen.exited is not None and watch.process.alive() and time.monotonic() < end:
-        time.sleep(0.001)
-    if watch.seen.exited is None or watch.process.alive():
-        if watch.process.alive():
-            kill_tree(watch.process.pid, include_root=True)
-        worker = read_stat(watch.pid) if watch.pid is not None else None
-        if worker is not None and worker.start_ticks == watch.start_ticks:
-            kill_tree(worker.pid, include_root=True)
-        forkserver.sweep()
-        if watch.seen.exited is None:
-            cgroups.sweep(cgroups.group_name(watch.scratch), watch.job.spec.confinement.cgroup_parent)
-
-
 def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult:
     spec, seen = watch.job.spec, watch.seen
     tail = b"".join(watch.tail)[-spec.limits.stderr_tail_bytes :] if spec.limits.stderr_tail_bytes else b""
@@ -529,7 +494,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
         try:
             user = identity.user_of(spec.confinement)
             owner = None if user is None else user.uid
-            artifacts.adopt(reply.artifacts, watch.scratch / artifacts.FOLDER, targets, spec.limits, owner)
+            artifacts.adopt(reply.artifacts, watch.child.folder / artifacts.FOLDER, targets, spec.limits, owner)
             adopted = reply.artifacts
         except artifacts.ArtifactsTooLarge as error:
             status, detail, value = Status.OUTPUT_LIMIT, str(error), None
@@ -556,7 +521,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
             wall_seconds=time.monotonic() - watch.started,
             queue_seconds=queued,
             start_seconds=reply.start_seconds if reply else 0.0,
-            cpu_seconds=max(watch.cpu_seconds, exited.cpu_seconds if exited else 0.0),
+            cpu_seconds=max(watch.cpu_seconds, (exited.cpu_seconds if exited else 0.0) - watch.child.cpu_seconds),
             peak_memory_bytes=max(watch.peak_memory, exited.peak_memory_bytes if exited else 0),
             memory_granted_bytes=spec.limits.memory_bytes,
             stderr_bytes=watch.stderr_bytes,

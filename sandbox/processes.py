@@ -23,6 +23,7 @@ PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 #: A walk stops at so many processes: above any limit of a policy, far below an endless chase.
 MAX_WALK: Final = 131_072
+_PF_EXITING: Final = 0x4
 _WALL: Final = 0x40000000  # __WALL: also children whose exit signal is not SIGCHLD (clone)
 
 Reaped = Callable[[int, int, float], None]
@@ -52,6 +53,12 @@ class Stat(NamedTuple):
     threads: int
     start_ticks: int
     rss_pages: int
+    flags: int
+    """What the kernel marks it with: PF_*, of include/linux/sched.h."""
+    exit_code: int
+    """How it has ended or is ending, as `waitpid` has it; 0 to a process that may not look into it."""
+    may_look: bool
+    """Whether this process may look into it. Not to be seen any more when it is ending."""
 
     @property
     def dead(self) -> bool:
@@ -90,6 +97,9 @@ def read_stat(pid: int, thread: int | None = None) -> Stat | None:
         threads=int(rest[17]),
         start_ticks=int(rest[19]),
         rss_pages=int(rest[21]),
+        flags=int(rest[6]),
+        exit_code=int(rest[49]) if len(rest) > 49 else 0,
+        may_look=rest[23] not in (b"0", b"1"),  # the address of its code
     )
 
 
@@ -161,6 +171,14 @@ def _scan() -> dict[int, list[int]]:
         if (stat := read_stat(pid)) is not None:
             table.setdefault(stat.ppid, []).append(pid)
     return table
+
+
+def runs(stat: Stat) -> bool:
+    """Whether one of its threads may still run an instruction of its program. One that is ending does not, but the
+    kernel may take a while to take its memory apart, before it is dead."""
+    numbers = numbers_in(f"/proc/{stat.pid}/task") if stat.threads > 1 else ()
+    threads = [read_stat(stat.pid, number) for number in numbers] or [stat]
+    return any(each is not None and each.state not in "ZX" and not each.flags & _PF_EXITING for each in threads)
 
 
 def descendants(root_pid: int, include_root: bool = False) -> list[Process]:

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from sandbox.results import JobResult, Leak, Usage
 
-#: Rows of single jobs that are kept, a count; the counters go on beyond it.
-MAX_ROWS = 2000
+#: Rows of single jobs that are kept, a count; the counters go on beyond it. About 4 KB each.
+MAX_ROWS = 1000
 #: Different reasons that are kept apart, a count; the rest is `other`.
 MAX_REASONS = 500
 
@@ -83,7 +83,7 @@ class Stats(_Model):
     leaks: dict[str, int] = {}
     """What jobs left behind, and what the sandbox itself holds that it should not, a count per kind."""
     leaked: tuple[LeakRow, ...] = ()
-    """The newest leaks, one by one, at most 2,000."""
+    """The newest leaks, one by one, at most 1,000."""
     children_started: int = 0
     forkserver_restarts: int = 0
     forkserver_seconds: float = 0.0
@@ -97,7 +97,7 @@ class Stats(_Model):
     swallowed: dict[str, int] = {}
     """Errors of ours that were survived without telling the caller, a count per kind."""
     jobs: tuple[JobRow, ...] = ()
-    """The newest jobs, at most 2,000."""
+    """The newest jobs, at most 1,000."""
 
 
 _WEAKEST = ("unavailable", "partial", "off", "enforced")

@@ -80,6 +80,7 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
         if settings["warm_up"]:
             importlib.import_module("sandbox.inductor.warmup").warm_up(settings["gpus_hidden"])
     importlib.import_module(trackers.TRACKER)
+    importlib.import_module("sandbox.callables")
     for module in settings["preload"]:
         importlib.import_module(module)
     prepare_template(os.environ)
@@ -113,6 +114,8 @@ def _serve(control: socket.socket, root: Path, cgroup_parent: str) -> None:
             _send(control, {**_fork(request, fds, keepers), "strays": strays, "leaks": grown})
             if thread_count() != 1:
                 os._exit(1)  # it would refuse for ever: a new one can fork, and the keepers go on without us
+            if request["cgroup"]:
+                cgroups.stir()
         for fd in fds:
             os.close(fd)
         # After the answer to a fork, so that no job waits for it: what has grown is told with the next answer.

@@ -24,7 +24,7 @@ from typing import Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from sandbox.envelopes import MAX_DETAIL, Exited, KeeperReady, Reply, Started, clip, parse_envelope
+from sandbox.envelopes import MAX_DETAIL, Exited, KeeperReady, Prepare, Reply, Started, clip, parse_envelope
 from sandbox.errors import WireError
 from sandbox.unpickle import safe_dumps, safe_loads
 
@@ -37,6 +37,7 @@ __all__ = [
     "KeeperReady",
     "OversizedFrame",
     "PeerClosed",
+    "Prepare",
     "Reply",
     "Started",
     "WireTimeout",
@@ -209,8 +210,11 @@ class FrameReader:
         return (frame,)
 
 
-def recv_frame(sock: socket.socket, max_payload: int, deadline: float | None = None) -> Frame:
-    """Receive exactly one frame; bytes after it stay in the socket. ``deadline`` as in :func:`send_frame`.
+def recv_frame(
+    sock: socket.socket, max_payload: int, deadline: float | None = None, fds: list[int] | None = None
+) -> Frame:
+    """Receive exactly one frame; bytes after it stay in the socket. ``deadline`` as in :func:`send_frame`. ``fds``
+    takes the descriptors that come with it, one at most; without it they are closed.
 
     Raises:
         PeerClosed: the other end closed before or within the frame; the message says which.
@@ -222,7 +226,12 @@ def recv_frame(sock: socket.socket, max_payload: int, deadline: float | None = N
     while True:
         _wait(sock, select.POLLIN, end)
         try:
-            data = sock.recv(min(reader.wanted, _CHUNK), socket.MSG_DONTWAIT)
+            wanted = min(reader.wanted, _CHUNK)
+            if fds is None:
+                data = sock.recv(wanted, socket.MSG_DONTWAIT)
+            else:
+                data, found, _, _ = socket.recv_fds(sock, wanted, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                fds += found
         except BlockingIOError:
             continue
         except ConnectionResetError:

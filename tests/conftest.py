@@ -117,7 +117,7 @@ def _own_quarantine(cache_homes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def light_policy(**changes: object) -> Policy:
     """A policy whose template has no torch: it starts in 0.2 s, for tests of the process machinery."""
     settings: dict[str, object] = {
-        "forkserver": ForkserverSettings(import_torch=False, preload=("faultpoints",)),
+        "forkserver": ForkserverSettings(import_torch=False, preload=("faultpoints",), standby=0),
         "capsule": CapsuleSettings(keep=0),
         # Small, so that many jobs of it find memory side by side.
         "limits": Limits(memory_bytes=1 << 29),
@@ -154,11 +154,13 @@ def nothing_left(light: sandbox.Sandbox) -> Iterator[None]:
 def leaves_nothing(light: sandbox.Sandbox, replaced: bool = False) -> Iterator[None]:
     """Fails if the block leaves a descriptor, semaphore, segment, process or temporary file behind. ``replaced``:
     the template dies in it; the new one holds what a fresh one does."""
+    assert light.settle(30.0)  # what the job before it has left to be done
     template = light.forkserver_pid
     here, there = held(), held(template)
     root = light._forkserver.root.path
     processes = family(template)
     yield
+    assert light.settle(30.0), "something is still to be done for jobs that were answered"
     now = light.forkserver_pid
     assert (now == template) is not replaced, "the template died" if not replaced else "the template lives"
     if replaced:

@@ -61,7 +61,7 @@ def test_memory_beyond_the_limit_ends_the_job(
     result = run(light, hog, pid_namespace=process_ids)
     assert result.status is Status.MEMORY_LIMIT, result
     assert "cgroup" in result.detail and "limits.memory_bytes" in result.detail
-    assert not ours(places, f"{light._forkserver.root.path.name}.*")
+    assert eventually(lambda: not ours(places, f"{light._forkserver.root.path.name}.*"))
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -143,7 +143,7 @@ def test_settings_are_those_of_the_limits(places: tuple[Place, ...]) -> None:
     finally:
         group.close()
         group.remove()
-    assert not ours(places, name)
+    assert eventually(lambda: not ours(places, name))
 
 
 def test_left_overs_are_killed_and_removed(places: tuple[Place, ...]) -> None:
@@ -164,7 +164,7 @@ def test_left_overs_are_killed_and_removed(places: tuple[Place, ...]) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         found = cgroups.sweep(cgroups.group_names(Path(f"/x/sandbox-test-{os.getpid()}")))
         assert found == len(places)
-        assert not ours(places, f"sandbox-test-{os.getpid()}.*")
+        assert eventually(lambda: not ours(places, f"sandbox-test-{os.getpid()}.*"))
         assert ours(places, f"sandbox-test-{os.getpid()}0.*"), "another root's stay"
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -187,7 +187,7 @@ def test_what_a_killed_keeper_has_left_is_removed(light: sandbox.Sandbox, places
         if process.ppid == light.forkserver_pid:
             os.kill(process.pid, signal.SIGKILL)
     assert job.result(30).status in (Status.CRASHED, Status.SANDBOX_ERROR)
-    assert not ours(places, names)
+    assert eventually(lambda: not ours(places, names))
 
 
 def test_what_a_killed_service_has_left_is_removed(places: tuple[Place, ...]) -> None:
@@ -234,7 +234,7 @@ def test_one_that_cannot_be_joined_is_told(cannot_join: sandbox.Sandbox, places:
     assert found.state is State.UNAVAILABLE and "cannot be joined" in found.reason
     refused = run(cannot_join, os.getpid, cgroup="require")
     assert refused.status is Status.SANDBOX_ERROR and "cgroup" in refused.detail
-    assert not ours(places, f"{cannot_join._forkserver.root.path.name}.*")
+    assert eventually(lambda: not ours(places, f"{cannot_join._forkserver.root.path.name}.*"))
 
 
 def test_off_makes_none(light: sandbox.Sandbox) -> None:

@@ -78,7 +78,7 @@ def test_a_worker_has_only_what_is_its_own(light: sandbox.Sandbox, monkeypatch: 
     assert seen["threads"] == 1
     # 0, 1, 2, the job's socket, and the listing itself; the reserve of the worker besides.
     assert len(seen["fds"]) <= 5 + 8
-    assert not scratch.exists(), "the scratch folder outlived the job"
+    assert eventually(lambda: not scratch.exists()), "the scratch folder outlived the job"
 
 
 def test_jobs_run_side_by_side_and_killing_one_touches_no_other(light: sandbox.Sandbox) -> None:
@@ -93,6 +93,20 @@ def test_jobs_run_side_by_side_and_killing_one_touches_no_other(light: sandbox.S
         assert victim.result(5).status is Status.CANCELLED
         assert victim.result().detail == "enough"
         assert not four.cancel(victim_job.spec.job_id)
+
+
+def test_jobs_share_the_cores_for_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox.executor.usable_cores", lambda: 6)
+    with sandbox.Sandbox(light_policy(parallel_jobs=3)) as box:
+        shares = []
+        jobs = [sandbox.callable_job(sleep_long) for _ in range(4)]
+        for job in jobs:
+            shares.append(box.kernel_threads)
+            box.submit(job)
+        assert shares == [6, 3, 2, 2], "the fourth waits until one of the others has ended"
+    with sandbox.Sandbox(light_policy(kernel_threads=5)) as box:
+        box.submit(sandbox.callable_job(sleep_long))
+        assert box.kernel_threads == 5, "what the policy names is taken as it is"
 
 
 def test_a_waiting_job_can_be_cancelled() -> None:

@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 
 #: Every module, in layers. A module imports only from lines above its own; nobody imports from its own line.
 LAYERS = """
-    errors explain limits memory processes results scratch enforce.libc enforce.paths
+    background errors explain limits memory processes results scratch enforce.libc enforce.paths
 
     enforce.cgroups
     jobs                          # what is to be done
     artifacts ledger meter trackers   # files handed back; what is held; what is used
-    origins reclaim
+    origins reclaim footprint
     leftovers
     policy                        # what is allowed
     capsule                       # what a failed job leaves
@@ -33,7 +33,7 @@ LAYERS = """
     admission breaker quarantine_files    # who may start; what a restart does not forget
 
     envelopes opcodes
-    unpickle
+    unpickle sealed
     wire                          # frames, and all that reads them
 
     enforce.identity enforce.landlock enforce.namespaces enforce.privileges enforce.rlimits enforce.seccomp
@@ -46,6 +46,8 @@ LAYERS = """
     keeper verdict
     template
     forkserver                    # from here on: in the parent
+    launch
+    standby
     monitor
     executor
 
@@ -86,7 +88,12 @@ LAYERS = """
 
 #: What is imported by name, so that a process loads only what it needs: `importer: {imported}`.
 BY_NAME = {
-    "sandbox.template": {"sandbox.inductor.compat", "sandbox.inductor.job", "sandbox.inductor.warmup"},
+    "sandbox.template": {
+        "sandbox.callables",
+        "sandbox.inductor.compat",
+        "sandbox.inductor.job",
+        "sandbox.inductor.warmup",
+    },
 }
 #: Modules that may import these packages when they are imported themselves, and those that may do so in a function.
 HEAVY = ("torch", "triton", "transformers")

@@ -121,8 +121,9 @@ def _policy(policy: Policy, light: bool) -> Policy:
         # It would keep the faults after a series of the sandbox's own failures from ever reaching a child.
         "breaker": policy.breaker.model_copy(update={"failures": 0}),
     }
-    if light:
-        changes["forkserver"] = policy.forkserver.model_copy(update={"import_torch": False})
+    # A job with a fault gets a fresh child in any case, and what the host holds is counted.
+    forkserver: dict[str, object] = {"standby": 0, **({"import_torch": False} if light else {})}
+    changes["forkserver"] = policy.forkserver.model_copy(update=forkserver)
     return policy.model_copy(update=changes)
 
 

@@ -106,6 +106,16 @@ class Group:
             os.write(fd, b"0")
         self.close()
 
+    def lower_memory(self, limit_bytes: int) -> None:
+        """Lower the limit on memory; a job may be granted less than its policy says. Raises OSError."""
+        for folder, place in self.folders:
+            if "memory" in place.controllers:
+                v2 = place.version == _V2
+                _write(f"{folder}/{'memory.max' if v2 else 'memory.limit_in_bytes'}", str(limit_bytes))
+                with contextlib.suppress(FileNotFoundError):
+                    if not v2:
+                        _write(f"{folder}/{_SWAP[1]}", str(limit_bytes))
+
     def close(self) -> None:
         """Close the descriptors that :meth:`join` needs."""
         while self._joins:
@@ -133,6 +143,19 @@ class Group:
         """Remove it, once its processes are dead. What cannot be removed is found by :func:`sweep` later."""
         for folder, _ in self.folders:
             _remove(folder)
+
+
+def stir() -> None:
+    """Move this process into the cgroup that it is in. That changes nothing, but a move waits for a grace period of RCU
+    (10 to 20 ms), and one that follows within the next one does not: so the job's own move need not wait."""
+    own = _own()
+    for mount in _mounts():
+        names = [""] if mount.kind == "cgroup2" else sorted(mount.controllers & own.keys())
+        folder = mount.folder(own.get(names[0], "")) if names else None
+        if folder is not None:
+            with contextlib.suppress(OSError):  # read-only, or not ours to write: then the job waits
+                _write(f"{folder}/cgroup.procs", "0")
+                return
 
 
 def enter(confinement: Confinement, limits: Limits, name: str) -> tuple[Mechanism, Group | None]:

@@ -51,6 +51,14 @@ def apply(demand: Demand, limits: Limits) -> Mechanism:
     return Mechanism(state=State.ENFORCED)
 
 
+def lower_memory(by_bytes: int) -> None:
+    """Lower the limit on memory that :func:`apply` has set; a job may be granted less than its policy says."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if by_bytes and soft != resource.RLIM_INFINITY:
+        lower = max(0, soft - by_bytes)
+        resource.setrlimit(resource.RLIMIT_DATA, (lower, lower))
+
+
 def _wanted(limits: Limits) -> list[_Wanted]:
     data = data_bytes() + limits.memory_bytes
     # One second more than the watchdog allows, so that its word, which counts the whole tree, comes first. SIGXCPU

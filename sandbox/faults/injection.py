@@ -28,6 +28,7 @@ from sandbox.faults.kinds import DELAY_SECONDS, KINDS, LATE, POINTS, InjectedFau
 from sandbox.forkserver import Forkserver
 from sandbox.jobs import Job
 from sandbox.results import JobResult
+from sandbox.standby import Standbys
 from sandbox.wire import encode_frame
 
 _ERRNO = {"enospc": errno.ENOSPC, "eio": errno.EIO, "read_only": errno.EROFS}
@@ -218,6 +219,15 @@ def _ask(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any
     return replacement
 
 
+def _take(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A job that has a fault gets a fresh child, which passes all points."""
+
+    def replacement(self: Standbys, spec: Any) -> Any:
+        return None if getattr(_job, "shot", None) is not None else function(self, spec)
+
+    return replacement
+
+
 def _fails(point: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of the parent that raises where the fault says so."""
 
@@ -254,6 +264,7 @@ def _replace() -> None:
         (scratch.Root, "folder", lambda function: _fails("parent.folder", function)),
         (Forkserver, "fork", lambda function: _fails("parent.fork", function)),
         (Forkserver, "_ask", _ask),
+        (Standbys, "take", _take),
         (monitor, "_watch", lambda function: _fails("parent.watch", function)),
         (monitor, "encode_frame", _request),
         (artifacts, "adopt", lambda function: _fails("parent.adopt", function)),

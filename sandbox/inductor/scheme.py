@@ -32,7 +32,7 @@ from sandbox.errors import (
     UnserializableError,
     WireError,
 )
-from sandbox.executor import Sandbox, usable_cores
+from sandbox.executor import Sandbox
 from sandbox.inductor import (
     aoti,
     cached,
@@ -62,8 +62,6 @@ MODES: Final[tuple[str, ...]] = get_args(Mode)
 WITH_CHILDREN: Final = ("subprocess", "async", "progressive")
 #: Seconds that :meth:`Scheme.close` waits for a graph that is being loaded, at most.
 CLOSE_SECONDS: Final = 1.5
-#: Kernels built side by side in one job when the policy says 0, a count at most.
-MAX_KERNEL_THREADS = 8
 
 
 def check_mode(mode: str) -> Mode:
@@ -318,7 +316,7 @@ class _Compile:
             confinement=self.policy.confinement,
             target=target,
             gpu=self.policy.gpu and target != "cpu",
-            kernel_threads=self.policy.kernel_threads or min(usable_cores(), MAX_KERNEL_THREADS),
+            kernel_threads=sandbox.kernel_threads,
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
             config_overrides={**way.overrides, **(self.policy.reduced if step == "reduced" else {})},
