@@ -107,6 +107,7 @@ NAMES: Final[Mapping[str, Private]] = {
     "FakeStore": Private("torch.testing._internal.distributed.fake_pg:FakeStore"),
     "make_quantized": Private("torch:_make_per_tensor_quantized_tensor"),
     "make_quantized_channels": Private("torch:_make_per_channel_quantized_tensor"),
+    "allow_flags": Private("torch.backends:__allow_nonbracketed_mutation"),
     "list_mode_options": Private("torch._inductor:list_mode_options"),
     "in_bad_fork": Private("torch.cuda:_is_in_bad_fork"),
     "mkldnn_layout": Private("torch:_mkldnn"),

@@ -190,7 +190,7 @@ def decode(data: Any, gm: torch.fx.GraphModule, symbols: frozenset[str], inputs:
     code.frozen_param_names = {_identifier(name): _attribute_name(gm, where) for name, where in frozen.items()}
     code.torchbind_constants = {}
     code.opaque_value_type_classes = {
-        _identifier(name): _class(where) for name, where in _table(data, "classes", "reply").items()
+        _identifier(name): decode_class(where) for name, where in _table(data, "classes", "reply").items()
     }
     code.guards_expr = None
     return code
@@ -248,7 +248,7 @@ def decode_constant(data: Any, gm: torch.fx.GraphModule) -> torch.Tensor:
     raise WireError("reply: a constant must name an attribute or bring a tensor")
 
 
-def _class(where: Any) -> type:
+def decode_class(where: Any) -> type:
     """A class whose objects torch writes into code as expressions: one that this process has registered as such."""
     if not isinstance(where, str) or not compat.has("is_opaque_value_type"):
         raise WireError("reply: a class is malformed")

@@ -323,6 +323,8 @@ def _apply_torch_state(state: dict[str, Any], stack: contextlib.ExitStack) -> No
     """Set the switches. A child runs one job, but the template warms up through here too: so all is put back."""
     before = _torch_state()
 
+    # A module that a child imports may have forbidden to set them but by each one's own context manager.
+    @compat.allow_flags()  # type: ignore[untyped-decorator]
     def apply(wanted: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(wanted["deterministic"], warn_only=wanted["deterministic_warn_only"])
         torch.utils.deterministic.fill_uninitialized_memory = wanted["fill_uninitialized"]
