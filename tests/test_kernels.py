@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,8 @@ def test_it_is_not_used_when_it_is_malformed(cache: Path, text: str) -> None:
     cached.remember(KEY, TABLE)
     index(cache).write_text(text)
     assert cached.remembered(KEY) is None
+    cached.remember(KEY, TABLE)
+    assert cached.remembered(KEY) == TABLE
 
 
 def test_other_flags_and_other_processors_have_their_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +59,42 @@ def test_other_flags_and_other_processors_have_their_own(cache: Path, monkeypatc
     monkeypatch.setattr(cached, "_processor", lambda: "another one")
     assert cached.remembered(KEY) is None
     assert json.loads(index(cache).read_text()) == TABLE
+
+
+def test_what_an_entry_carries_arrives_on_another_machine(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached.remember(KEY, TABLE)
+    carried = cached.packed(KEY)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+    assert cached.packed(KEY) is None
+    assert cached.unpacked(KEY, carried) == cached.remembered(KEY) == TABLE
+    assert (tmp_path / "other" / "ab" / "cabc.so").read_text() == "a library"
+
+
+def without(carried: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**carried, **changes}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda carried: None,
+        lambda carried: without(carried, made_for="another processor"),
+        lambda carried: without(carried, libraries={}),
+        lambda carried: without(carried, libraries={"ab/cabc.so": carried["libraries"]["ab/cabc.so"][:-2]}),
+        lambda carried: without(carried, libraries={"ab/cabc.so": 7}),
+        lambda carried: without(carried, table={"identity": {"key": "c0123456789", "path": "../cabc.so"}}),
+        lambda carried: without(carried, table={1: 2}),
+        lambda carried: {"made_for": carried["made_for"]},
+    ],
+)
+def test_what_an_entry_carries_is_checked(
+    spoil: Callable[[dict[str, Any]], Any], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached.remember(KEY, TABLE)
+    carried = cached.packed(KEY)
+    assert carried is not None
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+    assert cached.unpacked(KEY, spoil(carried)) is None
+    assert not list((tmp_path / "other").rglob("*.json")) and not list(tmp_path.glob("*.so"))

@@ -58,7 +58,7 @@ LAYERS = """
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
     inductor.counting inductor.devices inductor.eager inductor.expressions inductor.groups inductor.identity
     inductor.kernels inductor.logs inductor.registrations inductor.tensors inductor.workers inductor.deferred
-    inductor.constants inductor.outputcode inductor.cached
+    inductor.constants inductor.inflight inductor.outputcode inductor.cached
     inductor.pickling
     inductor.sidetable inductor.aoti
     inductor.payload inductor.reply

@@ -18,6 +18,7 @@ import os
 import platform
 import tempfile
 import threading
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,8 @@ _MAX_LIBRARY = 1 << 28
 
 _lock = threading.Lock()
 _undo: list[Callable[[], None]] = []
+#: `noted`: the graph that this thread's Inductor has looked up last, and its key.
+_asked = threading.local()
 
 
 def install(in_children: Callable[[], bool]) -> None:
@@ -50,14 +53,21 @@ def install(in_children: Callable[[], bool]) -> None:
         in_children: whether the calling thread's graphs are compiled in children, so that none may be built here.
     """
     kernels.install_loader()
-    graphs = compat.CompiledFxGraph
+    graphs, cache = compat.CompiledFxGraph, compat.FxGraphCache
     with _lock:
         if _undo:
             return
-        load, save = graphs.after_deserialization, graphs.prepare_for_serialization
+        load, save, prepare = graphs.after_deserialization, graphs.prepare_for_serialization, cache.prepare_key
+
+        def prepare_key(gm: Any, *args: Any, **kwargs: Any) -> Any:
+            """Inductor's, before each look into its cache."""
+            found = prepare(gm, *args, **kwargs)
+            _asked.noted = (weakref.ref(gm), found[0][0]) if found[0] is not None else None
+            return found
 
         def after_deserialization(self: Any, constants: Any) -> Any:
             """Inductor's, for a graph from a cache as well as for one from a child."""
+            _asked.noted = None
             carried = vars(self).pop(CARRIED, None)
             if kernels.is_loading():  # from a child, with its own table
                 return load(self, constants)
@@ -74,9 +84,11 @@ def install(in_children: Callable[[], bool]) -> None:
 
         graphs.after_deserialization = after_deserialization
         graphs.prepare_for_serialization = prepare_for_serialization
+        cache.prepare_key = staticmethod(prepare_key)
 
         def undo() -> None:
             graphs.after_deserialization, graphs.prepare_for_serialization = load, save
+            cache.prepare_key = staticmethod(prepare)
 
         _undo.append(undo)
 
@@ -88,6 +100,12 @@ def remove() -> None:
             undo()
         _undo.clear()
     kernels.remove_loader()
+
+
+def key_of(gm: Any) -> str | None:
+    """The key under which Inductor has just missed ``gm`` in its cache, for once; None if it did not look."""
+    noted, _asked.noted = getattr(_asked, "noted", None), None
+    return noted[1] if noted is not None and noted[0]() is gm else None
 
 
 def _load(load: Callable[[], Any], graph: Any, table: Table | None) -> Any:
@@ -113,9 +131,8 @@ def remember(cache_key: str, table: Table) -> None:
     Raises:
         OSError: the cache cannot be written.
     """
-    path = _beside(cache_key)
-    if table and not path.exists():
-        _write(path, json.dumps(table).encode("ascii"))
+    if table and remembered(cache_key) is None:
+        _write(_beside(cache_key), json.dumps(table).encode("ascii"))
 
 
 def remembered(cache_key: str) -> Table | None:

@@ -120,6 +120,7 @@ NAMES: Final[Mapping[str, Private]] = {
     "CppCodeCache": Private("torch._inductor.codecache:CppCodeCache"),
     "vec_isas": Private("torch._inductor.cpu_vec_isa:supported_vec_isa_list", ("2.13",)),
     "x86_flags": Private("torch._inductor.cpu_vec_isa:x86_isa_checker", ("2.13",)),
+    "FxGraphCache": Private("torch._inductor.codecache:FxGraphCache"),
     "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
     "structured_trace": Private("torch._logging._internal:trace_log"),
 }
@@ -137,6 +138,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.async_compile:AsyncCompile.pool",
     "torch._inductor.async_compile:maybe_warm_pool",
     "torch._inductor.codecache:FxGraphCache._save_graph",
+    "torch._inductor.codecache:FxGraphCache.prepare_key",
     "torch._inductor.codecache:CacheBase.get_system",
     "torch._dynamo.device_interface:_device_initialized",
     "torch.cuda:_cached_device_count",

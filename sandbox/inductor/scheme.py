@@ -46,6 +46,7 @@ from sandbox.inductor import (
     registrations,
     reply,
 )
+from sandbox.inductor.inflight import Flight, Flights
 from sandbox.inductor.later import Kept, Later
 from sandbox.inductor.workers import Workers
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
@@ -87,6 +88,7 @@ class Scheme:
         slots = self.sandbox.slots
         # In `progressive` one is left to the quick compiles, which somebody waits for.
         self.workers = Workers(slots if mode == "async" else max(1, slots - 1))
+        self.flights = Flights()
         self.closed = False
         _OPEN.add(self)
         self._warned: set[str] = set()
@@ -190,6 +192,9 @@ class _Compile:
         self.history: list[fallback.Attempt] = []
         self.killed: list[JobResult] = []  # the children that it has killed
         self.data: bytes | None = None  # the payload; the same for each child
+        self.cache_key = cached.key_of(gm)
+        self.flight = Flight()  # the children that it shares with other threads
+        self.told = True  # whether this thread was the first to hear how the last one ended
         self.folders: dict[str, Path] | None = None  # where artifacts go; None: where the caches are then
 
     def run(self) -> Any:
@@ -234,8 +239,18 @@ class _Compile:
         return _Way(load, key, facts, overrides or {}, **rest)
 
     def _walk(self, way: _Way) -> tuple[Any, Step, JobResult]:
-        """Children, down the ladder. Returns what ``way`` made of the reply, or None and the ladder's last step, and
-        how the last child ended."""
+        """Children, down the ladder, side by side with other threads that compile the same. Returns what ``way`` made
+        of the reply, or None and the ladder's last step, and how the last child ended."""
+        with self.scheme.flights.joined(self._shared(way)) as self.flight:
+            return self._down(way)
+
+    def _shared(self, way: _Way) -> str | None:
+        """What two compiles must have in common to share their children: all that a job is made of."""
+        if self.cache_key is None or self.scheme.mode == "serialize":
+            return None
+        return repr((self.cache_key, self.folders or cache_folders(), way.overrides, way.nice, way.waited_for))
+
+    def _down(self, way: _Way) -> tuple[Any, Step, JobResult]:
         step: fallback.ChildStep = "first"
         while True:
             try:
@@ -244,7 +259,7 @@ class _Compile:
                 output, result = None, self._no_child(Status.UNSERIALIZABLE, str(error))
             if output is not None:
                 return output, "raise", result
-            if result.status in KILLERS and not starved(self.policy, result):
+            if self.told and result.status in KILLERS and not starved(self.policy, result):
                 self.killed.append(result)
             self.history.append(fallback.Attempt(step=step, status=result.status, no_memory=result.no_memory))
             history = tuple(self.history)
@@ -328,26 +343,39 @@ class _Compile:
             raise UnserializableError("payload_too_large", str(error)) from None
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data, way)
+        name = way.first if step == "first" else step
+
+        def start() -> tuple[str, Future[JobResult]]:
+            folders = self.folders or cache_folders()
+            return spec.job_id, sandbox.submit(job, name=self.name, step=name, cache=folders)
+
         try:
-            name = way.first if step == "first" else step
-            future = sandbox.submit(job, name=self.name, step=name, cache=self.folders or cache_folders())
+            result, self.told = self.flight.result(name, start, self._interrupted)
         except (SandboxError, OSError, RuntimeError) as error:
             # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
             self.recorder.swallowed(error)
             detail = f"the job cannot be submitted: {type(error).__name__}: {error}"
             return None, self._no_child(Status.SANDBOX_ERROR, detail, spec.job_id)
-        result = self._wait(future, spec.job_id)
         if not result.ok:
-            if result.leaks.leaks:
+            if self.told and result.leaks.leaks:
                 log.warning("%s left behind: %s", result.job_id, result.leaks.counts())
             if result.status is Status.UNSERIALIZABLE:
                 self.scheme.refused.note(self.gm, result.detail)
             return None, result
+        return self._taken(result, step, way)
+
+    def _taken(self, result: JobResult, step: fallback.ChildStep, way: _Way) -> tuple[Any, JobResult]:
+        """What ``way`` makes of a child's reply, or None and what is wrong with it."""
         try:
             return way.load(result.value, result.job_id), result
-        except WireError as error:
-            return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
-        except OSError as error:
+        except (WireError, UnserializableError, OSError) as error:
+            if not self.told:  # what another thread's child made does not fit this graph: its sizes may differ
+                self.flight = Flight()
+                return self._attempt(step, way)
+            if isinstance(error, UnserializableError):
+                raise
+            if isinstance(error, WireError):
+                return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
             return None, self._no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
 
     def _encoded(self) -> bytes:
@@ -364,13 +392,9 @@ class _Compile:
             # Settings, contexts and graphs of other people: what surprises us must not stop their compile.
             raise UnserializableError("not_encodable", f"{type(error).__name__}: {error}") from error
 
-    def _wait(self, future: Future[JobResult], job_id: str) -> JobResult:
-        try:
-            return future.result()
-        except BaseException:
-            # Ctrl-C in the caller: the child must not go on.
-            self.scheme.sandbox.cancel(job_id, "the caller was interrupted")
-            raise
+    def _interrupted(self, job_id: str) -> None:
+        """Ctrl-C in the caller: the child must not go on."""
+        self.scheme.sandbox.cancel(job_id, "the caller was interrupted")
 
     def _load(self, value: Any, job_id: str) -> Any:
         output = reply.decode_graph(
@@ -392,7 +416,7 @@ class _Compile:
             self.recorder.swallowed(error)  # a later process takes Inductor's own, slower way
 
     def _replay_logs(self, value: Any, job_id: str) -> None:
-        if dropped := logs.replay_logs(value, job_id):
+        if self.told and (dropped := logs.replay_logs(value, job_id)):
             log.info("%s: %d records for loggers that are not torch's were dropped", job_id, dropped)
 
     # The modes `async` and `progressive`.
