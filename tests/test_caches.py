@@ -3,31 +3,37 @@ after a death, and on another machine. A hit starts no child and runs no compile
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis_server
 import torch
+from conftest import eventually
 from torch._dynamo.utils import counters
 
 import sandbox
 from sandbox import artifacts, faults
-from sandbox.inductor import cached, install
+from sandbox.errors import WireError
+from sandbox.inductor import cached, compat, identity, install, reply
+from sandbox.inductor.inflight import Flight
 from sandbox.inductor.scheme import MODES, WITH_CHILDREN, Scheme
 from sandbox.policy import Policy
 from sandbox.triton import kernel
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
-POLICY = Policy(name="caches", allow_faults=True)
+POLICY = Policy(name="caches", allow_faults=True, parallel_jobs=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +65,9 @@ def scheme(main: Scheme, request: pytest.FixtureRequest) -> Iterator[Scheme]:
 
 
 @pytest.fixture(autouse=True)
-def _empty(server: redis_server.Redis) -> None:
+def _empty(server: redis_server.Redis, main: Scheme) -> None:
     server.client.flushall()
+    main.quarantine.clear()
 
 
 @pytest.fixture
@@ -154,9 +161,8 @@ def test_local_and_remote_in_every_mode(
         assert not tries.started or scheme.mode == "normal", "a compiler ran for a remote hit"
         assert counters["inductor"]["fxgraph_cache_hit"] == 1
         if scheme.mode != "normal":
-            server.client.flushall()
             forget()
-            assert tries.hits(), "what a remote hit leaves on this machine"
+            assert tries.hits(), "remote, with the kernels on this machine by now"
 
 
 def test_a_training_step_with_the_autograd_cache(
@@ -245,6 +251,8 @@ def test_the_mega_cache_goes_to_another_machine(tries: Tries, machine: Machine) 
     assert tries.hits()
 
 
+# PyTorch's destructor of half a graph fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_was_cut_short_is_healed(tries: Tries, machine: Machine) -> None:
     folder = machine("first")
     assert tries() == (1, 1)
@@ -380,21 +388,149 @@ def test_triton_kernels_of_a_child_are_found_here_and_on_another_machine(
     assert kernel.compile_source(job.spec, KERNEL) == result.value
 
 
+class Meeting:
+    """Holds the first child back until two compiles share it."""
+
+    def __init__(self, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+        submit, met = scheme.sandbox.submit, threading.Event()
+
+        def together(*args: Any, **kwargs: Any) -> Any:
+            members = scheme.flights._flights.values
+            if not met.is_set():
+                assert eventually(lambda: [count for _, count in members()] == [2], 60), "the other one did not come"
+                met.set()
+            return submit(*args, **kwargs)
+
+        monkeypatch.setattr(scheme.sandbox, "submit", together)
+
+
+def traced() -> tuple[Any, list[Any], dict[str, Any]]:
+    """``function`` as Inductor gets it: graph, inputs, arguments."""
+    gm = compat.make_fx(function, compat.decompositions(), "fake")(torch.ones(6, 6))
+    inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    output.args = ((output.args[0],),)
+    gm.recompile()
+    return gm, inputs, {"cudagraphs": compat.BoxedBool(False), "static_input_idxs": (), "is_inference": True}
+
+
+def in_two_threads(scheme: Scheme) -> list[Any]:
+    """The same graph, traced twice, compiled in two threads at once; what each got, or what it raised."""
+    graphs = [traced(), traced()]
+
+    def compiled(gm: Any, inputs: list[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            with compat.tracing(compat.TracingContext(compat.detect_fake_mode(inputs))):
+                return scheme.compile(gm, inputs, [], kwargs)
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda graph: compiled(*graph), graphs))
+
+
+@pytest.mark.parametrize("fault", [None, "sigkill"])
+def test_two_threads_share_one_job(
+    fault: str | None, main: Scheme, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("first")
+    monkeypatch.setattr(cached, "key_of", lambda gm: "the key of both")
+    Meeting(main, monkeypatch)
+    before = main.sandbox.stats()
+    with faults.inject(fault) if fault else contextlib.nullcontext():
+        outputs = in_two_threads(main)
+    now = main.sandbox.stats()
+    for output in outputs:
+        (got,) = output([torch.ones(6, 6)])
+        torch.testing.assert_close(got, function(torch.ones(6, 6)))
+    assert now.graphs - before.graphs == 2
+    assert len(main.flights) == 0
+    if fault is None:
+        assert now.children_started - before.children_started == 1
+        assert now.in_child - before.in_child == 2
+    else:
+        assert now.children_started - before.children_started == 3, "first, retry, reduced: once for both"
+        assert now.eager - before.eager == 2 and now.in_process == before.in_process
+        gm, inputs, _ = traced()
+        key = identity.quarantine_key(gm, inputs, identity.made_for(POLICY, "cpu"))
+        entry = main.quarantine.get(key)
+        assert entry is not None and entry.kills == 3, "each kill counts once"
+
+
+def test_a_reply_that_fits_only_the_first_thread_leaves_the_other_its_own(
+    main: Scheme, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("first")
+    monkeypatch.setattr(cached, "key_of", lambda gm: "the key of both")
+    Meeting(main, monkeypatch)
+    decode, result_of = reply.decode_graph, Flight.result
+    followers: set[threading.Thread] = set()
+
+    def result(*args: Any) -> Any:
+        found = result_of(*args)
+        if not found[1]:
+            followers.add(threading.current_thread())
+        return found
+
+    def decode_once(*args: Any) -> Any:
+        if threading.current_thread() in followers:
+            followers.clear()
+            raise WireError("the sizes of this thread are others")
+        return decode(*args)
+
+    monkeypatch.setattr(Flight, "result", result)
+    monkeypatch.setattr(reply, "decode_graph", decode_once)
+    before = main.sandbox.stats()
+    for output in in_two_threads(main):
+        torch.testing.assert_close(output([torch.ones(6, 6)])[0], function(torch.ones(6, 6)))
+    now = main.sandbox.stats()
+    assert now.in_child - before.in_child == now.children_started - before.children_started == 2
+    assert now.fallbacks == before.fallbacks
+
+
+def test_two_compiles_that_nobody_waits_for_share_one_job(
+    main: Scheme, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("first")
+    scheme = Scheme(POLICY, "async")
+    own, scheme.sandbox = scheme.sandbox, main.sandbox
+    Meeting(scheme, monkeypatch)
+    before = main.sandbox.stats()
+    x = torch.ones(4, 4)
+    with install.using(scheme):
+        both = []
+        for _ in range(2):
+            torch._dynamo.reset()
+            both.append(torch.compile(lambda x: function(x) + 1))
+            torch.testing.assert_close(both[-1](x), function(x) + 1)
+        settle(scheme)
+        torch.testing.assert_close(both[-1](x), function(x) + 1)
+    now = main.sandbox.stats()
+    assert now.children_started - before.children_started == 1
+    assert now.graphs - before.graphs == 2
+    own.close()
+
+
+GRAPHS = """
+import torch
+
+def graph_0(x):
+    return torch.nn.functional.gelu(x @ x.t()).softmax(-1).sum(0)
+
+def graph_1(x):
+    return (x.sin() * 3).cumsum(0) + 1
+"""
 PROGRAM = """
     import sys, torch, sandbox
     torch._inductor.config.fx_graph_remote_cache = True
     sandbox.install(mode=sys.argv[1])
-    if sys.argv[1] == "subprocess":
-        sandbox.inductor.install.installed().sandbox.wait_ready()
-    torch.compile(lambda x: x.sin() * 3)(torch.ones(3))
-    def function(x, n):
-        return torch.nn.functional.gelu(x @ x.t()).softmax(-1).sum(0) + n
+    torch.compile(lambda x: x.cos() * 3)(torch.ones(3))
+    exec(sys.argv[2])
     print("ready", flush=True)
     sys.stdin.readline()
     x = torch.linspace(-1, 1, 49).reshape(7, 7)
-    for n in range(3):
-        torch._dynamo.reset()
-        assert torch.allclose(torch.compile(function)(x, n), function(x, n), rtol=1e-4, atol=1e-5)
+    for graph in (graph_0, graph_1):
+        assert torch.allclose(torch.compile(graph)(x), graph(x), rtol=1e-4, atol=1e-5)
     stats = sandbox.stats()
     print(stats.graphs, stats.eager, stats.raised, sum(stats.outcomes.values()), stats.outcomes.get("ok", 0))
 """
@@ -408,7 +544,9 @@ def test_processes_that_compile_the_same_graphs_at_once(
         subprocess.Popen, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     code = textwrap.dedent(PROGRAM)
-    others = [start([sys.executable, "-c", code, mode]) for mode in ("subprocess", "serialize")]
+    others = [start([sys.executable, "-c", code, mode, GRAPHS]) for mode in ("subprocess", "serialize")]
+    graphs: dict[str, Any] = {}
+    exec(GRAPHS, graphs)
     try:
         for other in others:
             assert other.stdout is not None
@@ -418,9 +556,9 @@ def test_processes_that_compile_the_same_graphs_at_once(
             other.stdin.write("go\n")
             other.stdin.flush()
         with remote():
-            for n in range(3):
+            for n in range(2):
                 torch._dynamo.reset()
-                tries(lambda x, n=n: function(x) + n)
+                tries(graphs[f"graph_{n}"])
         told = [other.communicate(timeout=200) for other in others]
     finally:
         for other in others:
@@ -428,11 +566,13 @@ def test_processes_that_compile_the_same_graphs_at_once(
             other.wait()
     for other, (output, errors) in zip(others, told, strict=True):
         assert other.returncode == 0, errors
-        graphs, eager, raised, jobs, ok = map(int, output.split())
-        assert eager == raised == 0 and jobs == ok and graphs <= 4, output
+        given, eager, raised, jobs, ok = map(int, output.split())
+        assert eager == raised == 0 and jobs == ok and given <= 3, output
     assert all(artifacts.is_whole(path) for path in folder.glob("??/*.so"))
     assert not list(folder.rglob(f"{artifacts.MAKING}*"))
-    shutil.rmtree(folder)
     machine("another")
     with remote():
-        assert all(tries.hits(function=lambda x, n=n: function(x) + n) for n in range(3))
+        for n in range(2):
+            assert tries(graphs[f"graph_{n}"]) == (0, 0), counters["inductor"]
+            assert not tries.started
+            torch._dynamo.reset()
