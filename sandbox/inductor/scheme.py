@@ -242,7 +242,7 @@ class _Compile:
         """Children, down the ladder, side by side with other threads that compile the same. Returns what ``way`` made
         of the reply, or None and the ladder's last step, and how the last child ended."""
         with self.scheme.flights.joined(self._shared(way)) as self.flight:
-            return self._down(way)
+            return self._steps(way)
 
     def _shared(self, way: _Way) -> str | None:
         """What two compiles must have in common to share their children: all that a job is made of."""
@@ -250,7 +250,7 @@ class _Compile:
             return None
         return repr((self.cache_key, self.folders or cache_folders(), way.overrides, way.nice, way.waited_for))
 
-    def _down(self, way: _Way) -> tuple[Any, Step, JobResult]:
+    def _steps(self, way: _Way) -> tuple[Any, Step, JobResult]:
         step: fallback.ChildStep = "first"
         while True:
             try:
