@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from typing import Any
 
 import torch
@@ -65,9 +66,11 @@ def pass_after_grad(compile: Compile) -> Any:
 @case
 def pass_by_value(compile: Compile) -> Any:
     seen: list[int] = []
+    lock = threading.RLock()
 
     def to_cos(graph: torch.fx.Graph) -> None:
-        seen.append(len(graph.nodes))
+        with lock:
+            seen.append(len(graph.nodes))
         for node in graph.nodes:
             if node.target is torch.ops.aten.sin.default:
                 node.target = torch.ops.aten.cos.default

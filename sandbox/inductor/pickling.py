@@ -42,6 +42,7 @@ _ENV_LEFT: Final = {
     "log": None,
     "events": list,
 }
+_LOCKS: Final[dict[type, Any]] = {type(make()): make for make in (threading.Lock, threading.RLock)}
 _SYMBOLIC: Final = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -61,7 +62,6 @@ class Pickler(pickle.Pickler):
         super().__init__(file, protocol=5)
         self._token = object()
         self._describer = compat.MetaTensorDescriber(copy_data=False)
-        self._lock_type = type(threading.Lock())
 
     def persistent_id(self, obj: object) -> str | None:
         return "state" if obj is self._token else None
@@ -104,8 +104,8 @@ class Pickler(pickle.Pickler):
             return _make_generator, (str(obj.device),)
         if isinstance(obj, logging.Logger):
             return logging.getLogger, (obj.name,)
-        if isinstance(obj, self._lock_type):
-            return threading.Lock, ()
+        if type(obj) in _LOCKS:
+            return _LOCKS[type(obj)], ()
         return NotImplemented
 
     def _tensor(self, obj: torch.Tensor) -> Any:
@@ -154,6 +154,9 @@ class _ByValue(dill.Pickler):  # type: ignore[misc]
             self.save_reduce(importlib.import_module, (obj.__name__,), obj=obj)
         elif isinstance(obj, torch.Tensor) and not isinstance(obj, compat.FakeTensor):
             self.save_reduce(*(constants.reduced(obj) or (tensors.decode, (tensors.encode(obj),))), obj=obj)
+        elif type(obj) in _LOCKS:
+            # dill makes a free RLock one that is held for ever.
+            self.save_reduce(_LOCKS[type(obj)], (), obj=obj)
         elif isinstance(obj, logging.Logger):
             self.save_reduce(logging.getLogger, (obj.name,), obj=obj)
         else:
