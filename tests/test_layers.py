@@ -75,10 +75,10 @@ LAYERS = """
 
     sandbox                       # the public API
 
-    cli.output cli.models cli.bench.graphs cli.bench.plot
+    cli.output cli.models cli.bench.graphs
     cli.program cli.policy cli.quarantine cli.check cli.bench_corpus cli.faults_host
     cli.bench.summary
-    cli.bench.compiles cli.bench.costs
+    cli.bench.compiles cli.bench.costs cli.bench.plot
     cli.bench.serving
     cli.bench.worker
     cli.doctor cli.bench cli.run cli.demo cli.replay cli.faults

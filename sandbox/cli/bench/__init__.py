@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from sandbox.cli import bench_corpus
 from sandbox.cli.bench.plot import svg
-from sandbox.cli.bench.summary import INDUCTOR, OURS, SCHEMES, order, summarise, words
+from sandbox.cli.bench.summary import INDUCTOR, OURS, SCHEMES, number, order, summarise, words
 from sandbox.cli.output import FAILED, OK, add_json, add_policy, console, print_json, subcommand, write_whole
 from sandbox.errors import SandboxError
 from sandbox.policy import load
@@ -247,7 +247,7 @@ def _print(document: dict[str, Any]) -> None:
         by_round = row.get("by_round", [])
         table.add_row(
             row["measure"], row["cache"], row["scheme"], row["figure"],
-            f"{row['median']:.3g}", f"{row['min']:.3g} to {row['max']:.3g}",
+            number(row["median"]), f"{number(row['min'])} to {number(row['max'])}",
             f"{row['of_normal']:.2f}" if "of_normal" in row else "",
             f"{by_round[0]:.2f} to {by_round[-1]:.2f}" if by_round else "",
             ", ".join(f"{count:g} {name}" for name, count in row["notes"].items()), str(row["samples"]),

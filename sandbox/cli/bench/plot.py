@@ -6,6 +6,8 @@ from itertools import groupby
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
+from sandbox.cli.bench.summary import number
+
 #: Pixels: of the whole, of the names at the left, of the longest bar, of a row and a heading.
 WIDTH, NAMES, LENGTH, ROW, HEADING = 860, 190, 480, 22, 34
 _COLOURS: Final = {"inductor-normal": "#777777", "inductor-subprocess": "#b0b0b0"}
@@ -62,7 +64,7 @@ def _row(row: dict[str, Any], y: int, scale: float, aims: list[float]) -> list[s
     ]
     ratio = f" ({row['of_normal']:.2f} of NORMAL)" if "of_normal" in row else ""
     end = max(right, NAMES + row["median"] * scale, *(NAMES + aim * scale for aim in aims), NAMES)
-    parts.append(_text(end + 8, middle + 4, f"{row['median']:.3g}{ratio}"))
+    parts.append(_text(end + 8, middle + 4, number(row["median"]) + ratio))
     return parts
 
 

@@ -139,3 +139,8 @@ def words(bar: dict[str, Any]) -> str:
     if bar["met"] is None:
         return f"{relation} {bar['limit']:g}{of}: nothing to compare with"
     return f"{relation} {bar['limit']:g}{of}: {bar['reached']:.2f}, {'met' if bar['met'] else 'NOT MET'}"
+
+
+def number(value: float) -> str:
+    """Three digits, or all of those before the point: `0.0412`, `1.5`, `1552`."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
