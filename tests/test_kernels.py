@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sandbox.inductor import cached
+from sandbox.inductor import cached, compat, kernels
 
 KEY = "cabcdefghijklmnopqrstuvwxyz"
 TABLE = {"identity": {"key": "c0123456789", "path": "ab/cabc.so"}}
@@ -98,3 +98,20 @@ def test_what_an_entry_carries_is_checked(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
     assert cached.unpacked(KEY, spoil(carried)) is None
     assert not list((tmp_path / "other").rglob("*.json")) and not list(tmp_path.glob("*.so"))
+
+
+def test_a_thread_that_loads_later_loads_from_where_the_kernels_went(
+    cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `force_disable_caches` the cache of a compile is another one than that of the process afterwards."""
+    loaded: list[str] = []
+    monkeypatch.setattr(compat.CppCodeCache, "_load_library", lambda path, key: loaded.append(path))
+    name = kernels._identity(compat.CppCodeCache, "code", "cpu", (), None)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for _ in range(2):
+        with kernels.loading({name: TABLE["identity"]}):
+            compat.CppCodeCache.load_async("code")()
+            with kernels.kept_in(elsewhere):
+                compat.CppCodeCache.load_async("code")()
+    kernels.remove_loader()
+    assert loaded == [str(folder / "ab" / "cabc.so") for folder in (cache, elsewhere)] * 2

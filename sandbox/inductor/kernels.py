@@ -16,6 +16,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from sandbox.errors import WireError
@@ -131,7 +132,7 @@ def remove_loader() -> None:
 
 def _loader(cls: Any, identity: str, entry: dict[str, str]) -> Callable[[], Any]:
     """What Inductor calls for the library. Never in `cls.cache`, where one reply could claim another graph's key."""
-    path = os.path.join(compat.runtime_cache_dir(), entry["path"])
+    path = os.path.join(getattr(_local, "folder", None) or compat.runtime_cache_dir(), entry["path"])
     # Python modules go into sys.modules under this key: one of their own for each source and file.
     key = hashlib.sha256(f"{identity} {path}".encode()).hexdigest()
 
@@ -140,6 +141,18 @@ def _loader(cls: Any, identity: str, entry: dict[str, str]) -> Callable[[], Any]
         return cls._load_library(path, key)
 
     return load
+
+
+@contextlib.contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Inside the block, this thread loads libraries from ``folder``, wherever Inductor's cache is by now: with
+    `force_disable_caches` each compile has a cache of its own, and is over when a thread loads what came of it."""
+    before = getattr(_local, "folder", None)
+    _local.folder = folder
+    try:
+        yield
+    finally:
+        _local.folder = before
 
 
 def is_loading() -> bool:

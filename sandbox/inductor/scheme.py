@@ -41,6 +41,7 @@ from sandbox.inductor import (
     eager,
     failures,
     identity,
+    kernels,
     logs,
     payload,
     registrations,
@@ -461,8 +462,11 @@ class _Compile:
         """``first``, and better code later, unless there is a reason why not."""
         later = Later(self.name, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
 
+        folders = self.folders = self.folders or cache_folders()
+
         def load(value: Any, job_id: str) -> bool:
-            later.load(value, functools.partial(self._remember_kernels, value=value))
+            with kernels.kept_in(folders["inductor"]):
+                later.load(value, functools.partial(self._remember_kernels, value=value))
             self._replay_logs(value, job_id)
             return True
 

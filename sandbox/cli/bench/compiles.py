@@ -82,7 +82,7 @@ class _Bench:
         answers = time.perf_counter() - started
         self.answer.check(f"{measure or 'warm-up'}, caches {cache}", zip(found, expected, strict=True))
         if self.mode in BACKGROUND:
-            _wait(self.answer)
+            wait(self.answer)
             found = [graph.call(function, inputs) for graph, function, inputs in compiled]
         lasts = time.perf_counter() - started
         if self.mode in BACKGROUND:
@@ -98,11 +98,14 @@ class _Bench:
             self.answer.add(measure, cache, "seconds to first answers", [answers])
 
 
-def _wait(answer: Answer) -> None:
+def wait(answer: Answer) -> None:
+    """Until what is compiled in the background is there. A graph that keeps the code it began with is a problem."""
     import sandbox
 
     if not sandbox.wait(WAIT_SECONDS):
         answer.wrong(f"compiles had not ended after {WAIT_SECONDS:.0f} s")
+    if kept := sandbox.stats().kept:
+        answer.wrong(f"graphs kept the code that they began with: {kept}")
 
 
 def _hits() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from sandbox.cli.bench.compiles import WAIT_SECONDS
+from sandbox.cli.bench.compiles import wait
 from sandbox.cli.bench.summary import Answer
 from sandbox.policy import load
 
@@ -90,7 +90,7 @@ def _first_answers(answer: Answer, order: random.Random) -> None:
             if number:
                 values[way].append(seconds * 1000)
             answer.check(f"first answer, {way}", [([found], [expected])])
-            _wait(answer)
+            wait(answer)
     for way, told in values.items():
         answer.add("async", "", "ms to the first answer", told, scheme=way)
 
@@ -115,7 +115,7 @@ def _throughput(answer: Answer, core: int) -> None:
             at, begun = len(served), time.perf_counter()
             answer.check("the answers at once", [(_asked(compiled, inputs), expected)])
             begun_jobs = time.perf_counter()
-            during = _rate(served, lambda: _wait(answer))
+            during = _rate(served, lambda: wait(answer))
             ended = time.perf_counter()
             all_of_it = (len(served) - at) / (ended - begun)
             answer.check("the compiled answers", [(_asked(compiled, inputs), expected)])
@@ -168,10 +168,3 @@ def _serving(core: int) -> Iterator[list[float]]:
     finally:
         stop.set()
         thread.join()
-
-
-def _wait(answer: Answer) -> None:
-    import sandbox
-
-    if not sandbox.wait(WAIT_SECONDS):
-        answer.wrong(f"compiles had not ended after {WAIT_SECONDS:.0f} s")
