@@ -48,9 +48,9 @@ def measure(task: dict[str, Any]) -> Answer:
     if scheme is None:
         raise RuntimeError("install() has installed nothing")
     scheme.sandbox.wait_ready()
-    _to_core(cores[1], scheme.sandbox.forkserver_pid)
     with torch.no_grad():
         _first_answers(answer, random.Random(task["seed"]))
+        _to_core(cores[1], scheme.sandbox.forkserver_pid)
         _throughput(answer, cores[0])
     if (stats := sandbox.stats()).in_child != stats.graphs:
         answer.wrong(f"of {stats.graphs} graphs {stats.in_child} were compiled in a child: {stats.outcomes}")
