@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
 import sandbox
-from benchmarks.corpus import registered, special_graphs, special_registered, special_uses, special_values  # noqa: F401
+from benchmarks.corpus import special_graphs, special_registered, special_uses, special_values  # noqa: F401
 from benchmarks.corpus.cases import CASES
 from sandbox.errors import WireError
 from sandbox.inductor import aoti, compat, outputcode, pickling
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # torch's own, about complex numbers, profilers and what is to go
 ]
 
-POLICY = Policy(name="coverage", forkserver=ForkserverSettings(preload=("benchmarks.corpus.registered",)))
+POLICY = Policy(name="coverage", forkserver=ForkserverSettings(preload=("benchmarks.corpus.lowered",)))
 #: Cheap ones of all kinds; `python -m benchmarks.corpus` runs the rest.
 CHEAP = (
     "cond_nested_dynamic", "while_loop", "flex_attention", "nested_compile_region", "selective_checkpoint",

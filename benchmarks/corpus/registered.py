@@ -1,11 +1,10 @@
-"""What a service registers with torch and Inductor: ops, a lowering, a pattern. The forkserver imports it, too."""
+"""Ops that a service registers with torch. The forkserver imports this, too; it brings nothing of Inductor."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch._inductor.lowering import lowerings, register_lowering
 
 
 @torch.library.custom_op("corpus::twice", mutates_args=())
@@ -37,27 +36,3 @@ torch.library.register_fake("corpus_library::thrice", lambda x: torch.empty_like
 LIBRARY.define("lowered(Tensor x) -> Tensor")
 LIBRARY.impl("lowered", lambda x: x * 5, "CompositeExplicitAutograd")
 torch.library.register_fake("corpus_library::lowered", lambda x: torch.empty_like(x), lib=LIBRARY)
-
-
-@register_lowering(torch.ops.corpus_library.lowered.default)
-def lowered(x: Any) -> Any:
-    return lowerings[torch.ops.aten.mul.Tensor](x, 5)
-
-
-class ToCosine(torch._inductor.custom_graph_pass.CustomGraphPass):
-    """A pass of the kind that Inductor's configuration takes."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        for node in graph.nodes:
-            if node.target is torch.ops.aten.sin.default:
-                node.target = torch.ops.aten.cos.default
-
-    def uuid(self) -> Any:
-        return "to-cosine"
-
-
-def to_thrice(graph: torch.fx.Graph) -> None:
-    """A pass that puts an op of this module into graphs that had none."""
-    for node in graph.nodes:
-        if node.target is torch.ops.aten.sin.default:
-            node.target = torch.ops.corpus_library.thrice.default

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import glob
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.corpus.entry import Call, Case, Entry, seed
 
+#: Whether this host has an NVIDIA GPU.
+GPU = bool(glob.glob("/dev/nvidia[0-9]*"))
 #: Modules that the sandbox's forkserver imports for them (`forkserver.preload`): custom ops and lowerings.
 PRELOAD: tuple[str, ...] = ("benchmarks.corpus.registered",)
+if not GPU:
+    PRELOAD += ("benchmarks.corpus.lowered",)
 #: Results that depend on the order of sums.
 TOLERANCES: dict[str, tuple[tuple[float, float], str]] = {}
 

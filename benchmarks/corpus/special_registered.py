@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.corpus import registered
+from benchmarks.corpus import lowered, special
 from benchmarks.corpus.cases import Compile, case, step
+from benchmarks.corpus.entry import Skip
 
 ops = torch.ops
 
@@ -37,6 +38,8 @@ def library_op(compile: Compile) -> Any:
 
 @case
 def custom_lowering(compile: Compile) -> Any:
+    if special.GPU:
+        raise Skip("a forkserver on a host with a GPU cannot import Inductor's lowerings")
     return compile(lambda x: ops.corpus_library.lowered(x.sin()) + 1)(torch.randn(4))
 
 
@@ -53,13 +56,13 @@ def pass_before_grad(compile: Compile) -> Any:
 
 @case
 def pass_joint(compile: Compile) -> Any:
-    with torch._inductor.config.patch(joint_custom_post_pass=registered.ToCosine()):
+    with torch._inductor.config.patch(joint_custom_post_pass=lowered.ToCosine()):
         return step(compile, lambda x: torch.sin(x) + 1, torch.randn(4))
 
 
 @case
 def pass_after_grad(compile: Compile) -> Any:
-    with torch._inductor.config.patch(post_grad_custom_post_pass=registered.ToCosine()):
+    with torch._inductor.config.patch(post_grad_custom_post_pass=lowered.ToCosine()):
         return compile(lambda x: torch.sin(x) + 1)(torch.randn(4))
 
 
@@ -81,7 +84,7 @@ def pass_by_value(compile: Compile) -> Any:
 
 @case
 def pass_with_custom_op(compile: Compile) -> Any:
-    with torch._inductor.config.patch(post_grad_custom_pre_pass=registered.to_thrice):
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=lowered.to_thrice):
         return compile(lambda x: torch.sin(x) + 1)(torch.randn(4))
 
 
