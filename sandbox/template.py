@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from sandbox import keeper, ledger, scratch, trackers
 from sandbox.enforce import cgroups, libc, prepare_template
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
-from sandbox.processes import Process, descendants
+from sandbox.processes import Process, descendants, read_stat
 from sandbox.results import printable
 
 #: Control messages are small; what is larger (spec, payload) goes to the worker by the job's own socket.
@@ -135,6 +135,11 @@ def _grown(before: ledger.Snapshot) -> dict[str, str]:
     return {printable(each.text, ledger.MAX_TEXT): each.kind for each in grown}
 
 
+def _lives(pid: int, start_ticks: int) -> bool:
+    stat = read_stat(pid)
+    return stat is not None and stat.start_ticks == start_ticks and not stat.dead
+
+
 def _children() -> list[Process]:
     own = os.getpid()
     return [process for process in descendants(own) if process.ppid == own]
@@ -148,10 +153,10 @@ def _kill_strays(keepers: set[tuple[int, int]]) -> int:
     killed = 0
     deadline = time.monotonic() + STRAY_SECONDS
     while True:
-        children = _children()
-        known = {(process.pid, process.start_ticks) for process in children}
-        keepers &= known  # the kernel reaps keepers, so one that is no child any more has ended
-        strays = [process for process in children if (process.pid, process.start_ticks) not in keepers]
+        # Each is asked for by its pid. The kernel's list of our children may lack some when others end meanwhile
+        # (proc_tid_children(5)): a keeper that it lacked once would be a stray the next time.
+        keepers.difference_update({(pid, ticks) for pid, ticks in keepers if not _lives(pid, ticks)})
+        strays = [process for process in _children() if (process.pid, process.start_ticks) not in keepers]
         if not strays or time.monotonic() > deadline:
             return killed
         below = [process for stray in strays for process in descendants(stray.pid)]
@@ -174,7 +179,8 @@ def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]
         return {"event": "refused", "job_id": request["job_id"], "reason": f"fork failed: {error}"}
     if pid == 0:
         keeper.main(request, fds)  # never returns
-    start_ticks = next((process.start_ticks for process in _children() if process.pid == pid), 0)
+    stat = read_stat(pid)
+    start_ticks = stat.start_ticks if stat is not None else 0  # None: it has ended already
     keepers.add((pid, start_ticks))
     return {"event": "forked", "job_id": request["job_id"], "pid": pid, "start_ticks": start_ticks}
 

@@ -342,6 +342,7 @@ def _call_out(port: int, decoys: Decoys) -> None:
 
 def _find_sibling(box: sandbox.Sandbox, future: Any) -> tuple[int, Path]:
     """Its pid as seen from here (the last of the line below the template) and its folder."""
+    box.settle(30.0)  # the keeper of a job before it may not have ended yet
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         folders = [path.parent for path in box._forkserver.root.path.glob("job-*/facts")]

@@ -16,7 +16,7 @@ import confined
 import pytest
 
 from sandbox import meter as meter_module
-from sandbox import processes
+from sandbox import processes, template
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
@@ -551,3 +551,22 @@ def test_disk_usage_while_files_vanish(tmp_path: Path) -> None:
     finally:
         stop.set()
         thread.join(30)
+
+
+def test_a_keeper_that_the_kernel_leaves_out_once_is_no_stray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc lists children reliably only if none ends meanwhile (proc_tid_children(5)). Keepers end all the time."""
+    keeper = subprocess.Popen(["sleep", "600"])
+    try:
+        stat = processes.read_stat(keeper.pid)
+        assert stat is not None
+        keepers = {stat.key}
+        for listed in ([], [stat.process]):
+            monkeypatch.setattr(template, "_children", lambda listed=listed: listed)
+            assert template._kill_strays(keepers) == 0
+            assert keepers == {stat.key}
+        assert keeper.poll() is None
+    finally:
+        keeper.kill()
+        keeper.wait()
+    monkeypatch.setattr(template, "_children", list)
+    assert template._kill_strays(keepers) == 0 and not keepers, "one that has ended is forgotten"
