@@ -73,7 +73,7 @@ class Sandbox:
         self._tasks: dict[str, _Task] = {}
         self._forkserver = Forkserver(self.policy, self.environment())
         self._background = Background(self.recorder.swallowed)
-        self._standbys = Standbys(self._forkserver, self.policy, self._background, self.recorder.swallowed, self._tasks)
+        self._standbys = Standbys(self._forkserver, self.policy, self.recorder.swallowed, self._tasks)
         self._finalizer = weakref.finalize(self, _end, self._forkserver, self._standbys, self._background, self._pid)
         self._own_cache = self._forkserver.root.path / "cache"
         self._cache = cache
@@ -208,7 +208,8 @@ class Sandbox:
     def settle(self, seconds: float) -> bool:
         """Wait, at most so long, until what no answer waits for is done: the ends of keepers, removals, new standby
         children. Returns whether it is."""
-        return self._background.wait(seconds)
+        deadline = time.monotonic() + seconds
+        return self._background.wait(seconds) and self._standbys.settle(max(0.0, deadline - time.monotonic()))
 
     def environment(self) -> dict[str, str]:
         """What a child may see of this process's environment now, by the policy's allow-list."""
@@ -394,9 +395,10 @@ def _end(forkserver: Forkserver, standbys: Standbys, background: Background, pid
     """What is left to do for a sandbox that is closed, was dropped, or is still open when the interpreter ends."""
     if os.getpid() == pid:
         standbys.close()
-        background.wait(CLOSE_SECONDS)
-        if (thread := background.thread) is not None:
-            forkserver.tell_running(thread)
+        for each in (standbys.background, background):
+            each.wait(CLOSE_SECONDS)
+            if (thread := each.thread) is not None:
+                forkserver.tell_running(thread)
         forkserver.close()
 
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sized
 
@@ -28,6 +29,8 @@ from sandbox.wire import recv_frame, send_frame
 
 #: Seconds that a new one may take to be ready.
 READY_SECONDS = 30.0
+#: Seconds that a job waits for one that is being made, at most.
+MAKING_SECONDS = 0.25
 
 
 class Standbys:
@@ -37,7 +40,6 @@ class Standbys:
         self,
         forkserver: Forkserver,
         policy: Policy,
-        background: Background,
         swallowed: Callable[[BaseException], None],
         jobs: Sized,
     ) -> None:
@@ -45,16 +47,16 @@ class Standbys:
         Args:
             forkserver: where they come from.
             policy: how many there are and what confines them.
-            background: where new ones are made.
             swallowed: is told of those that have failed.
             jobs: the jobs that run or wait at the moment.
         """
         self._forkserver = forkserver
         self._policy = policy
-        self._background = background
+        self.background = Background(swallowed)
+        """Where new ones are made."""
         self._swallowed = swallowed
         self._jobs = jobs
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._ready: list[tuple[Launched, Environment]] = []
         self._making: Launched | None = None
         self._filling = False
@@ -74,7 +76,8 @@ class Standbys:
             return frozenset(child.process.pid for child, _ in self._ready)
 
     def take(self, spec: Spec) -> Launched | None:
-        """One that fits the job, told that its job begins; None if there is none. The caller sends the request."""
+        """One that fits the job, told that its job begins; None if there is none. The caller sends the request. One
+        that is being made is waited for, at most ``MAKING_SECONDS``: it is ready sooner than one that is begun now."""
         while (child := self._fitting(spec)) is not None:
             memory = spec.limits.memory_bytes
             if _idle(child) and child.template == self._forkserver.ready_pid:
@@ -85,7 +88,8 @@ class Standbys:
                     self._forkserver.forks += 1
                     return child
             self._swallowed(ForkserverError("a standby child had ended"))
-            self._background.add(child.abandon)
+            self.background.add(child.abandon)
+            self.background.wake()
         return None
 
     def refill(self) -> None:
@@ -97,8 +101,8 @@ class Standbys:
             if len(self._ready) >= count and not self._stale(self._policy.allowed(os.environ)):
                 return
             self._filling = True
-        self._background.add(self._fill)
-        self._background.wake()
+        self.background.add(self._fill)
+        self.background.wake()
 
     def close(self) -> None:
         """End all. Idempotent."""
@@ -113,22 +117,34 @@ class Standbys:
         for child in children:
             child.abandon()
 
+    def settle(self, seconds: float) -> bool:
+        """Wait, at most so long, until those that are being made are there. Returns whether they are."""
+        return self.background.wait(seconds)
+
     def _busy(self) -> bool:
         return 2 * len(self._jobs) >= (len(os.sched_getaffinity(0)) or 1)
 
     def _fitting(self, spec: Spec) -> Launched | None:
-        limits, confinement = spec.limits, spec.confinement
+        policy = self._policy
+        same = spec.limits.model_copy(update={"memory_bytes": policy.limits.memory_bytes})
+        if (
+            spec.gpu
+            or spec.nice
+            or spec.limits.memory_bytes > policy.limits.memory_bytes
+            or (same, spec.confinement) != (policy.limits, policy.confinement)
+        ):
+            return None
+        deadline = time.monotonic() + MAKING_SECONDS
         with self._lock:
-            for number, (child, environment) in enumerate(self._ready):
-                same = limits.model_copy(update={"memory_bytes": child.limits.memory_bytes})
-                if (
-                    not (spec.gpu or spec.nice)
-                    and limits.memory_bytes <= child.limits.memory_bytes
-                    and (same, confinement, spec.environment) == (child.limits, child.confinement, environment)
-                ):
-                    del self._ready[number]
-                    return child
-        return None
+            while True:
+                for number, (child, environment) in enumerate(self._ready):
+                    if environment == spec.environment:
+                        del self._ready[number]
+                        return child
+                left = deadline - time.monotonic()
+                if self._making is None or left <= 0:
+                    return None
+                self._lock.wait(left)
 
     def _stale(self, environment: Environment) -> list[Launched]:
         """Those that no job fits any more, or whose template is gone, and with it the pages that they shared."""
@@ -166,6 +182,8 @@ class Standbys:
         try:
             with self._lock:
                 self._making = child
+                if self._closed:
+                    child.dismiss()
             send_frame(
                 child.worker,
                 Prepare(job_id=name, limits=limits, confinement=confinement, environment=environment),
@@ -180,6 +198,7 @@ class Standbys:
         except BaseException:
             with self._lock:
                 self._making, closed = None, self._closed
+                self._lock.notify_all()
             child.abandon()
             if not closed:
                 raise
@@ -188,6 +207,7 @@ class Standbys:
             self._making, closed = None, self._closed
             if not closed:
                 self._ready.append((child, environment))
+            self._lock.notify_all()
         if closed:
             child.abandon()
 

@@ -437,7 +437,7 @@ def main(level: str, folder: Path, uid: int) -> int:
     policy = light_policy(
         parallel_jobs=PARALLEL + 1,
         confinement=confinement,
-        forkserver=ForkserverSettings(import_torch=False, preload=("escape_tools",)),
+        forkserver=ForkserverSettings(import_torch=False, preload=("escape_tools",), standby=0),
     )
     report: dict[str, Any] = {"programs": {}}
     with sandbox.Sandbox(policy, cache={"inductor": folder / "cache"}) as box:

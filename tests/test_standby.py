@@ -19,7 +19,7 @@ import pytest
 from conftest import eventually, family, held, light_policy
 
 import sandbox
-from sandbox import faults
+from sandbox import faults, monitor
 from sandbox.launch import Launched
 from sandbox.limits import MIB, Confinement, Limits
 from sandbox.policy import ForkserverSettings
@@ -291,7 +291,7 @@ def test_an_idle_service_wakes_nobody(box: sandbox.Sandbox) -> None:
     waiting(box)
     assert run(box, abs, -1).value == 1
     waiting(box)
-    assert box._background.wait(5.0)
+    assert box.settle(5.0)
 
     def seen() -> list[tuple[str, bool, int]]:
         return [(each.role, each.standby, each.wakeups) for each in box.processes()]
@@ -323,3 +323,16 @@ def test_many_small_jobs_leave_nothing_behind() -> None:
     # 4 KB for a row in the report of each job.
     assert report["rows"][-1]["private_bytes"] - report["rows"][0]["private_bytes"] < 4 * MIB
     assert report["rows"][-1]["forkserver_private_bytes"] - report["rows"][0]["forkserver_private_bytes"] < MIB
+
+
+def test_one_that_is_being_made_is_waited_for(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs one right after the other: the next one is made as soon as one is over."""
+    waiting(box)
+    fresh = []
+    real = monitor.launch
+    monkeypatch.setattr(monitor, "launch", lambda *a, **k: (fresh.append(a), real(*a, **k))[1])
+    monkeypatch.setattr("sandbox.standby.MAKING_SECONDS", 20.0)
+    for number in range(3):
+        assert eventually(lambda: box.standbys == 1 or box._standbys._making is not None, 20.0)
+        assert run(box, abs, -number).value == number
+    assert fresh == []
