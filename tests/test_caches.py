@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ from torch._dynamo.utils import counters
 
 import sandbox
 from sandbox import artifacts, faults
-from sandbox.errors import WireError
-from sandbox.inductor import cached, compat, identity, install, reply
-from sandbox.inductor.inflight import Flight
+from sandbox.inductor import cached, compat, identity, install
 from sandbox.inductor.scheme import MODES, WITH_CHILDREN, Scheme
 from sandbox.policy import Policy
 from sandbox.triton import kernel
@@ -389,7 +387,7 @@ def test_triton_kernels_of_a_child_are_found_here_and_on_another_machine(
 
 
 class Meeting:
-    """Holds the first child back until two compiles share it."""
+    """Holds the first child back until two compiles are on their way."""
 
     def __init__(self, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
         submit, met = scheme.sandbox.submit, threading.Event()
@@ -397,16 +395,18 @@ class Meeting:
         def together(*args: Any, **kwargs: Any) -> Any:
             members = scheme.flights._flights.values
             if not met.is_set():
-                assert eventually(lambda: [count for _, count in members()] == [2], 60), "the other one did not come"
+                assert eventually(lambda: sum(n for _, n in members()) == 2, 60), "the other one did not come"
                 met.set()
             return submit(*args, **kwargs)
 
         monkeypatch.setattr(scheme.sandbox, "submit", together)
 
 
-def traced() -> tuple[Any, list[Any], dict[str, Any]]:
+def traced(
+    function: Callable[..., Any] = function, size: tuple[int, ...] = (6, 6), mode: str = "fake"
+) -> tuple[Any, list[Any], dict[str, Any]]:
     """``function`` as Inductor gets it: graph, inputs, arguments."""
-    gm = compat.make_fx(function, compat.decompositions(), "fake")(torch.ones(6, 6))
+    gm = compat.make_fx(function, compat.decompositions(), mode)(torch.ones(size))
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     output.args = ((output.args[0],),)
@@ -414,9 +414,9 @@ def traced() -> tuple[Any, list[Any], dict[str, Any]]:
     return gm, inputs, {"cudagraphs": compat.BoxedBool(False), "static_input_idxs": (), "is_inference": True}
 
 
-def in_two_threads(scheme: Scheme) -> list[Any]:
-    """The same graph, traced twice, compiled in two threads at once; what each got, or what it raised."""
-    graphs = [traced(), traced()]
+def in_two_threads(scheme: Scheme, graphs: Sequence[tuple[Any, list[Any], dict[str, Any]]] = ()) -> list[Any]:
+    """Two graphs, by default the same one traced twice, compiled in two threads at once; what each got, or raised."""
+    graphs = graphs or [traced(), traced()]
 
     def compiled(gm: Any, inputs: list[Any], kwargs: dict[str, Any]) -> Any:
         try:
@@ -457,35 +457,26 @@ def test_two_threads_share_one_job(
         assert entry is not None and entry.kills == 3, "each kill counts once"
 
 
-def test_a_reply_that_fits_only_the_first_thread_leaves_the_other_its_own(
+def head(x: torch.Tensor) -> torch.Tensor:
+    return x[:10] + 1
+
+
+def test_one_code_for_sizes_of_which_other_things_are_known_is_two_graphs(
     main: Scheme, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where a size is known to be 10 at most the slice is everything: no guard of the reply would say so."""
     machine("first")
     monkeypatch.setattr(cached, "key_of", lambda gm: "the key of both")
     Meeting(main, monkeypatch)
-    decode, result_of = reply.decode_graph, Flight.result
-    followers: set[threading.Thread] = set()
-
-    def result(*args: Any) -> Any:
-        found = result_of(*args)
-        if not found[1]:
-            followers.add(threading.current_thread())
-        return found
-
-    def decode_once(*args: Any) -> Any:
-        if threading.current_thread() in followers:
-            followers.clear()
-            raise WireError("the sizes of this thread are others")
-        return decode(*args)
-
-    monkeypatch.setattr(Flight, "result", result)
-    monkeypatch.setattr(reply, "decode_graph", decode_once)
+    graphs = [traced(head, (size,), "symbolic") for size in (4, 33)]
+    assert graphs[0][0].code == graphs[1][0].code
     before = main.sandbox.stats()
-    for output in in_two_threads(main):
-        torch.testing.assert_close(output([torch.ones(6, 6)])[0], function(torch.ones(6, 6)))
+    outputs = in_two_threads(main, graphs)
+    for output, size in zip(outputs, (4, 33), strict=True):
+        x = torch.arange(float(size))
+        torch.testing.assert_close(output([x])[0], head(x))
     now = main.sandbox.stats()
     assert now.in_child - before.in_child == now.children_started - before.children_started == 2
-    assert now.fallbacks == before.fallbacks
 
 
 def test_two_compiles_that_nobody_waits_for_share_one_job(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -465,3 +466,14 @@ def test_a_graph_with_user_triton_kernels_for_a_gpu_is_whole_in_the_child(tmp_pa
             line.split(" loc(")[0] for line in asm[1].splitlines() if not line.startswith("#loc")
         ]
     table.reset_table()
+
+
+def test_what_a_backward_graph_may_write_into_tells_it_from_another() -> None:
+    """Inductor's key for its caches leaves it out, so graphs with equal keys may only then share a child."""
+    told = []
+    for donated in ([], [1], [1]):
+        context = compat.TracingContext(compat.FakeTensorMode())
+        context.fw_metadata = SimpleNamespace(bw_donated_idxs=donated)
+        with compat.tracing(context):
+            told.append(payload.taken_for_granted([]))
+    assert told[0] != told[1] == told[2]

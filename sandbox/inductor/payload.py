@@ -119,9 +119,7 @@ def encode(
             `by_value`, `config`, `not_picklable`.
     """
     tracing = compat.TracingContext.try_get()
-    fake_mode = tracing.fake_mode if tracing is not None else None
-    if fake_mode is None:
-        fake_mode = compat.detect_fake_mode(list(example_inputs))
+    fake_mode = _fake_mode(tracing, example_inputs)
     context = compat.CompileContext.try_get()
     settings = {
         "torch": _torch_state(),
@@ -156,6 +154,20 @@ def encode(
     return pickle.dumps((pickling.dumps(settings), pickling.dumps(graph)), protocol=5)
 
 
+def taken_for_granted(example_inputs: Sequence[Any]) -> str:
+    """What code generation builds on and neither the graph nor Inductor's key for its caches says: what is known of
+    symbolic sizes by now, and which inputs a backward graph may write into. A child's reply brings only the guards that
+    are new. Where :func:`encode` would be called."""
+    tracing = compat.TracingContext.try_get()
+    fake_mode = _fake_mode(tracing, example_inputs)
+    known: list[Any] = [_tracing_facts(tracing)["bw_donated_idxs"]]
+    if (env := fake_mode.shape_env if fake_mode is not None else None) is not None:
+        asserts = [item.expr for items in env.deferred_runtime_asserts.values() for item in items]
+        known += [compat.hints_of(env), env.var_to_range, env.replacements, sorted(map(str, env.size_like))]
+        known += [[guard.expr for guard in env.guards], asserts]
+    return repr(known)
+
+
 def decode(payload: bytes) -> Request:
     """Take a payload apart. In a child only: it unpickles."""
     settings, graph = pickle.loads(payload)
@@ -167,6 +179,11 @@ def decode(payload: bytes) -> Request:
 
 
 # The graph's own arguments ------------------------------------------------------------------------------------
+
+
+def _fake_mode(tracing: Any, example_inputs: Sequence[Any]) -> Any:
+    found = tracing.fake_mode if tracing is not None else None
+    return found if found is not None else compat.detect_fake_mode(list(example_inputs))
 
 
 def _fake(value: Any, fake_mode: Any) -> Any:

@@ -193,7 +193,9 @@ class _Compile:
         self.history: list[fallback.Attempt] = []
         self.killed: list[JobResult] = []  # the children that it has killed
         self.data: bytes | None = None  # the payload; the same for each child
-        self.cache_key = cached.key_of(gm)
+        self.same: tuple[str, str] | None = None  # what another thread's graph must have to be the same
+        if (key := cached.key_of(gm)) is not None:
+            self.same = key, payload.taken_for_granted(example_inputs)
         self.flight = Flight()  # the children that it shares with other threads
         self.told = True  # whether this thread was the first to hear how the last one ended
         self.folders: dict[str, Path] | None = None  # where artifacts go; None: where the caches are then
@@ -247,9 +249,9 @@ class _Compile:
 
     def _shared(self, way: _Way) -> str | None:
         """What two compiles must have in common to share their children: all that a job is made of."""
-        if self.cache_key is None or self.scheme.mode == "serialize":
+        if self.same is None or self.scheme.mode == "serialize":
             return None
-        return repr((self.cache_key, self.folders or cache_folders(), way.overrides, way.nice, way.waited_for))
+        return repr((self.same, self.folders or cache_folders(), way.overrides, way.nice, way.waited_for))
 
     def _steps(self, way: _Way) -> tuple[Any, Step, JobResult]:
         step: fallback.ChildStep = "first"
@@ -363,20 +365,11 @@ class _Compile:
             if result.status is Status.UNSERIALIZABLE:
                 self.scheme.refused.note(self.gm, result.detail)
             return None, result
-        return self._taken(result, step, way)
-
-    def _taken(self, result: JobResult, step: fallback.ChildStep, way: _Way) -> tuple[Any, JobResult]:
-        """What ``way`` makes of a child's reply, or None and what is wrong with it."""
         try:
             return way.load(result.value, result.job_id), result
-        except (WireError, UnserializableError, OSError) as error:
-            if not self.told:  # what another thread's child made does not fit this graph: its sizes may differ
-                self.flight = Flight()
-                return self._attempt(step, way)
-            if isinstance(error, UnserializableError):
-                raise
-            if isinstance(error, WireError):
-                return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
+        except WireError as error:
+            return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
+        except OSError as error:
             return None, self._no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
 
     def _encoded(self) -> bytes:
