@@ -161,6 +161,8 @@ ARTIFACT_PATH = (
     r"|aoti/([a-z0-9]{8,128}/)?[A-Za-z0-9_.+=-]{1,200}\.(so|cpp|h|o|json|blob|bin|txt)"
     r"|debug/[A-Za-z0-9_.+=/-]{1,512})$"
 )
+#: How the names of the service's own tables end that say which libraries a cached graph loads: no job hands one back.
+TABLE_ENDING = ".kernels.json"
 
 
 class Artifact(_Model):
@@ -180,6 +182,8 @@ class Artifact(_Model):
     def _stays_inside(cls, value: str) -> str:
         if any(part in ("", ".", "..") for part in value.split("/")):
             raise ValueError("must not hold an empty part, '.' or '..'")
+        if value.endswith(TABLE_ENDING):
+            raise ValueError(f"must not end in {TABLE_ENDING}")
         return value
 
 

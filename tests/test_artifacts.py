@@ -151,6 +151,7 @@ def test_a_hostile_group_file_is_refused(job: Path, cache: dict[str, Path], text
         "triton/KEY/../x",
         "inductor/ab/a b.py",
         "inductor/ab/x.so\n",
+        "inductor/ab/cabc.0123.kernels.json",
     ],
 )
 def test_names_that_are_not_admitted(path: str) -> None:

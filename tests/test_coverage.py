@@ -263,3 +263,29 @@ def test_a_package_puts_no_file_under_another_name(tmp_path: Path, files: list[A
             aoti.decode(data, torch.fx.GraphModule({}, torch.fx.Graph()), staged)
     assert sorted(os.listdir(tmp_path)) == ["libc.so"]
     assert (tmp_path / "libc.so").read_text() == "mine"
+
+
+@pytest.fixture
+def staged_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Decodes a package of one file that is no library, for `mine.so` below the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def decoded(name: str, **settings: Any) -> Any:
+        with compat.inductor_config.patch({"aot_inductor.output_path": "mine.so", **settings}):
+            with aoti.staging() as staged:
+                (staged / name).write_text("theirs")
+                data = {"files": [name], "single": False, "device_type": "cpu", "weights": None}
+                return aoti.decode(data, torch.fx.GraphModule({}, torch.fx.Graph()), staged)
+
+    return decoded
+
+
+def test_a_relative_library_lies_below_the_current_folder(tmp_path: Path, staged_package: Callable[..., Any]) -> None:
+    assert staged_package("named.so").filename == [str(tmp_path / "mine.so")]
+    assert os.listdir(tmp_path) == ["mine.so"]
+
+
+@pytest.mark.parametrize("name", ["named.so", "c" * 52 + ".wrapper.cpp"])
+def test_a_package_that_cannot_be_loaded_is_the_childs_fault(name: str, staged_package: Callable[..., Any]) -> None:
+    with pytest.raises(WireError, match="cannot be loaded"):
+        staged_package(name, enable_autograd_for_aot=True)

@@ -54,8 +54,9 @@ def check_sendable(graph_kwargs: dict[str, Any], target: str) -> None:
 def _output() -> tuple[Path, str]:
     """The folder and the name of the library (empty: Inductor chooses) that the caller's settings ask for."""
     path = compat.inductor_config.aot_inductor.output_path
-    folder, name = os.path.split(path) if path.endswith(".so") else (path, "")
-    return Path(compat.runtime_cache_dir(), folder), name
+    if path.endswith(".so"):  # a file of the caller, not of the cache
+        return Path(os.path.abspath(os.path.dirname(path))), os.path.basename(path)
+    return Path(compat.runtime_cache_dir(), path), ""
 
 
 # In the child -------------------------------------------------------------------------------------------------
@@ -64,8 +65,8 @@ def _output() -> tuple[Path, str]:
 @contextlib.contextmanager
 def building(folder: str) -> Iterator[None]:
     """Inductor puts its files into ``folder``."""
-    _, name = _output()
-    path = os.path.join(folder, _NAMED) if name else folder
+    named = compat.inductor_config.aot_inductor.output_path.endswith(".so")
+    path = os.path.join(folder, _NAMED) if named else folder
     os.makedirs(folder, exist_ok=True)
     with compat.V.set_aot_compilation(True), compat.inductor_config.patch({"aot_inductor.output_path": path}):
         yield
@@ -127,7 +128,8 @@ def _decode(data: Any, gm: torch.fx.GraphModule, staged: Path) -> Any:
     A file of that name that is there already is replaced in one step, as Inductor would.
 
     Raises:
-        WireError: ``data`` is malformed, a file has another name than Inductor gives, or one is missing.
+        WireError: ``data`` is malformed, a file has another name than Inductor gives, one is missing, or the library
+            cannot be loaded where it has to be.
         UnserializableError: a weight lives on a device that is not there.
         OSError: the place cannot be written.
     """
@@ -162,7 +164,10 @@ def _decode(data: Any, gm: torch.fx.GraphModule, staged: Path) -> Any:
         target.parent.mkdir(exist_ok=True)
         os.chmod(path, (0o777 if relative.endswith(".so") else 0o666) & ~mask)
         os.replace(path, target)
-    return compat.CompiledAOTI(filename=made[0] if single else made, device_type="cpu")
+    try:
+        return compat.CompiledAOTI(filename=made[0] if single else made, device_type="cpu")
+    except Exception as error:  # with enable_autograd_for_aot it loads the library
+        raise WireError(f"the package cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _own_name() -> str:

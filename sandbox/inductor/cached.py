@@ -29,6 +29,7 @@ import torch
 from sandbox.artifacts import is_whole
 from sandbox.errors import WireError
 from sandbox.inductor import compat, kernels
+from sandbox.results import TABLE_ENDING
 
 log = logging.getLogger("sandbox")
 
@@ -147,7 +148,7 @@ def remembered(cache_key: str) -> Table | None:
 
 def _beside(cache_key: str) -> Path:
     """The same code can be built with other flags, or for another processor: what decides that is part of the name."""
-    return Path(compat.runtime_cache_dir()) / cache_key[1:3] / f"{cache_key}.{_made_for()}.kernels.json"
+    return Path(compat.runtime_cache_dir()) / cache_key[1:3] / f"{cache_key}.{_made_for()}{TABLE_ENDING}"
 
 
 def _made_for() -> str:
