@@ -121,6 +121,8 @@ NAMES: Final[Mapping[str, Private]] = {
     "vec_isas": Private("torch._inductor.cpu_vec_isa:supported_vec_isa_list", ("2.13",)),
     "x86_flags": Private("torch._inductor.cpu_vec_isa:x86_isa_checker", ("2.13",)),
     "FxGraphCache": Private("torch._inductor.codecache:FxGraphCache"),
+    # Which ptxas: its version is part of the name of every kernel in Triton's cache, and asked for once.
+    "set_ptxas_path": Private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path"),
     "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
     "structured_trace": Private("torch._logging._internal:trace_log"),
 }

@@ -44,6 +44,7 @@ def run(
         UnserializableError: when the graph cannot be rebuilt here or its result cannot be sent.
         BaseException: whatever the compiler raises.
     """
+    compat.set_ptxas_path()  # before Triton is asked for its version: else the parent looks for other names
     request = payload.decode(data)
     with contextlib.ExitStack() as stack:
         caught = stack.enter_context(warnings.catch_warnings(record=True))

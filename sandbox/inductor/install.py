@@ -165,6 +165,7 @@ def _hook() -> None:
         _original = compat.replace_compile(_dispatch)
         _original_save = compat.replace_save_graph(_save_graph)
         cached.install(_in_children)
+        compat.set_ptxas_path()  # before anybody asks Triton for its version; children do the same
         # A process that only uses the backend keeps Inductor's own workers for its other compiles.
         compat.disable_worker_pool(lambda: _installed is not None or _current.get() is not None)
 
