@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 import sandbox
 from benchmarks.corpus import special_graphs, special_registered, special_uses, special_values  # noqa: F401
 from benchmarks.corpus.cases import CASES
-from sandbox.errors import WireError
-from sandbox.inductor import aoti, compat, outputcode, pickling
+from sandbox.errors import UnserializableError, WireError
+from sandbox.inductor import aoti, compat, outputcode, pickling, registrations
 from sandbox.inductor.install import installed
 from sandbox.inductor.scheme import Scheme
 from sandbox.policy import ForkserverSettings, Policy
@@ -166,6 +166,7 @@ class Named(torch.Tensor):
 LIBRARY = torch.library.Library("coverage_only_here", "DEF")
 LIBRARY.define("double(Tensor x) -> Tensor")
 LIBRARY.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+LIBRARY.define("double_it(Tensor x) -> Tensor")
 torch.library.register_fake("coverage_only_here::double", lambda x: torch.empty_like(x), lib=LIBRARY)
 
 
@@ -217,6 +218,21 @@ def test_an_op_that_a_pass_asks_for_is_no_error_of_the_compiler(scheme: Scheme) 
     after = scheme.sandbox.stats()
     assert after.in_process - before.in_process == 1 and after.raised == before.raised
     assert "coverage_only_here::double is not registered" in after.jobs[-1].detail
+
+
+def test_an_op_whose_name_begins_anothers_is_not_refused_with_it() -> None:
+    def graph(*names: str) -> torch.fx.GraphModule:
+        made = torch.fx.Graph()
+        for name in names:
+            made.call_function(getattr(torch.ops.coverage_only_here, name).default, (made.placeholder(f"x_{name}"),))
+        return torch.fx.GraphModule({}, made)
+
+    refused = registrations.Refused()
+    complaint = registrations.complaint("the op coverage_only_here::double_it", "")
+    refused.note(graph("double", "double_it"), f"UnserializableError: unknown_op: {complaint}")
+    refused.check(graph("double"))
+    with pytest.raises(UnserializableError, match="double_it is not registered"):
+        refused.check(graph("double_it"))
 
 
 # Packages ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -325,6 +326,13 @@ def test_a_missing_private_name_is_told(monkeypatch: Any) -> None:
     monkeypatch.setattr(compat, "NAMES", {"x": compat.Private("torch._inductor.nothing:here")})
     with pytest.raises(IncompatibleTorchError, match=r"2\.11 and 2\.13.*torch\._inductor\.nothing"):
         compat.check()
+
+
+def test_a_pytorch_built_without_distributed_lacks_nothing(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    for module in ("torch.distributed.distributed_c10d", "torch.testing._internal.distributed.fake_pg"):
+        monkeypatch.setitem(sys.modules, module, None)
+    compat.check()
 
 
 def test_user_triton_kernels_are_rebuilt_from_source_in_another_process() -> None:

@@ -151,6 +151,9 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch.fx.experimental.symbolic_shapes:ShapeEnv.evaluate_symexpr",
 )
 
+#: What a PyTorch that was built without `torch.distributed` lacks, and nobody asks for there.
+_DISTRIBUTED: Final = ("c10d", "FakeStore")
+
 
 def _look_up(where: str) -> Any:
     module, _, path = where.partition(":")
@@ -189,7 +192,10 @@ def check() -> None:
         IncompatibleTorchError: naming each name that this PyTorch lacks, its version, and the versions known.
     """
     missing = []
-    places = [entry.where for entry in NAMES.values() if set(VERSIONS) <= set(entry.seen)]
+    import torch.distributed
+
+    left_out = () if torch.distributed.is_available() else _DISTRIBUTED
+    places = [entry.where for name, entry in NAMES.items() if set(VERSIONS) <= set(entry.seen) and name not in left_out]
     for where in (*places, *_EXTRA_ATTRIBUTES):
         try:
             _look_up(where)

@@ -89,7 +89,8 @@ class Refused:
         """A child has ended with ``detail``. Only what ``gm`` uses counts: one child cannot refuse for others."""
         for reason in ("unknown_op", "unregistered"):
             if reason in detail:
-                self._known.update((what, detail) for what in _names(gm) if what in detail)
+                # As :func:`complaint` says it: one name may be the beginning of another.
+                self._known.update((what, detail) for what in _names(gm) if f" {what} is " in detail)
 
     def check(self, gm: torch.fx.GraphModule) -> None:
         """Raises UnserializableError, with the words of that child, if ``gm`` uses any of it."""
