@@ -155,6 +155,10 @@ def test_a_class_of_opaque_values_comes_back_only_if_it_is_registered_here() -> 
     for where in ("builtins:dict", "subprocess:Popen", "torch:Tensor", "os:system", "nowhere:Thing", "", None, 3):
         with pytest.raises(WireError):
             outputcode.decode_class(where)
+    for where in ("x" * 100_000, f"{'x' * 100_000}:Thing", "torch:\x1b[2J", "torch:Tensor\n"):
+        with pytest.raises(WireError) as refused:
+            outputcode.decode_class(where)
+        assert len(str(refused.value)) < 200 and str(refused.value).isprintable()
 
 
 class Named(torch.Tensor):

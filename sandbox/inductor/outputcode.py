@@ -15,6 +15,7 @@ from sandbox.opcodes import resolve
 
 _CACHE_KEY: Final = re.compile(r"^[a-z0-9]{8,128}$")
 _IDENTIFIER: Final = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,511}$")
+_WHERE: Final = re.compile(r"[A-Za-z0-9_.]{1,200}:[A-Za-z0-9_.]{1,200}")
 
 #: Fields of CompiledFxGraph that are text, numbers or nothing: their types.
 _PLAIN: Final[dict[str, tuple[type, ...]]] = {
@@ -250,8 +251,8 @@ def decode_constant(data: Any, gm: torch.fx.GraphModule) -> torch.Tensor:
 
 def decode_class(where: Any) -> type:
     """A class whose objects torch writes into code as expressions: one that this process has registered as such."""
-    if not isinstance(where, str) or not compat.has("is_opaque_value_type"):
-        raise WireError("reply: a class is malformed")
+    if not isinstance(where, str) or not _WHERE.fullmatch(where) or not compat.has("is_opaque_value_type"):
+        raise WireError(f"reply: the class {shown(where)} is malformed")
     found = resolve(where)
     if not compat.is_opaque_value_type(found):
         raise WireError(f"reply: {shown(where)} is not registered as a class of opaque values")
