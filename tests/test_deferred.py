@@ -662,7 +662,8 @@ def test_what_is_made_to_be_kept_is_compiled_at_once(start: Start) -> None:
 
 def test_uninstall_with_compiles_under_way_and_waiting(start: Start) -> None:
     box = start()
-    functions = [lambda x, n=n: x.sin() + n for n in range(5)]
+    ops = (torch.sin, torch.cos, torch.tan, torch.exp, torch.tanh)
+    functions = [lambda x, op=op: op(x) + 1 for op in ops]
     compiled = [torch.compile(one) for one in functions]
     x = torch.randn(3)
     for one in compiled:

@@ -267,7 +267,10 @@ class _Compile:
             self.history.append(fallback.Attempt(step=step, status=result.status, no_memory=result.no_memory))
             history = tuple(self.history)
             log.log(
-                logging.INFO if result.status is Status.COMPILE_ERROR and way.waited_for else logging.WARNING,
+                # One says what is raised anyway, the other that a compile which nobody waits for ends with the sandbox.
+                logging.INFO
+                if result.status is (Status.COMPILE_ERROR if way.waited_for else Status.CANCELLED)
+                else logging.WARNING,
                 "%s: %s: %s: %s%s",
                 self.name,
                 result.job_id,
