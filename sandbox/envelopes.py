@@ -40,7 +40,10 @@ Artifacts = Annotated[tuple[Artifact, ...], FailFast(), Field(strict=False, max_
 
 
 class _Envelope(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    # Of pydantic's cache of strings, which takes up to 16,384 of them and 2 MB: job ids do not come again.
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, cache_strings="keys"
+    )
 
     job_id: JobId
     """The job that the frame belongs to."""

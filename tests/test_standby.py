@@ -318,7 +318,7 @@ def test_many_small_jobs_leave_nothing_behind() -> None:
         timeout=110,
     )
     report = json.loads(done.stdout)
-    assert [problem for problem in report["problems"] if "private_bytes" not in problem] == []
+    assert [problem for problem in report["problems"] if "resident_bytes" not in problem] == []
     assert [row["jobs"] for row in report["rows"]][-1] == 200
     # 4 KB for a row in the report of each job.
     assert report["rows"][-1]["private_bytes"] - report["rows"][0]["private_bytes"] < 4 * MIB
