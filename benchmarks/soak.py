@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--jobs N] [--parallel N] [--torch] [--json]
 
 Descriptors, threads, semaphores and processes have to be flat, and the resident memory of this process and of the
-forkserver has to grow by less than 1% after the first 1,000 jobs (or half of them), when the rows of the report are full.
-Ends with 1 otherwise. Private memory is shown besides. Semaphores are the host's: nothing else may make some meanwhile.
+forkserver has to grow by less than 1% after the first 1,000 jobs (or half of them), when all rows of the report are
+there. Ends with 1 otherwise. Private memory is shown besides. Semaphores are the host's: nothing else may make some.
 """
 
 from __future__ import annotations
