@@ -61,7 +61,13 @@ class Workers:
                     self._changed.notify_all()
                     return
                 task = self._queue.popleft()
-            task.run()
+            try:
+                task.run()
+            except BaseException:
+                with self._changed:  # or wait() would wait for it for ever
+                    self._threads.discard(threading.current_thread())
+                    self._changed.notify_all()
+                raise
             del task
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -81,12 +87,13 @@ class Workers:
 
 class _Exclusive:
     """Held while a graph is loaded and saved: by Dynamo's lock the service's own compiles keep out of it, and by ours
-    a fork does, which would find Dynamo's locked for ever."""
+    a fork does. Should one come all the same, its child gives the locks up that died with the thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._forking = False
-        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after)
+        self._used = False
+        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._in_child)
 
     def _before(self) -> None:
         self._forking = self._lock.acquire(timeout=FORK_SECONDS)
@@ -95,16 +102,22 @@ class _Exclusive:
         if self._forking:
             self._lock.release()
 
+    def _in_child(self) -> None:
+        self._lock = threading.Lock()
+        if self._used and not compat.compile_lock._is_owned():
+            compat.compile_lock._at_fork_reinit()
+
     @contextlib.contextmanager
     def held(self, wanted: Callable[[], bool]) -> Iterator[bool]:
         """Yields whether it is held: not if ``wanted()`` has become false meanwhile."""
+        self._used = True
         while not compat.compile_lock.acquire(timeout=_LOCK_SECONDS):
             if not wanted():
                 yield False
                 return
         try:
             with self._lock:
-                yield True
+                yield wanted()
         finally:
             compat.compile_lock.release()
 
