@@ -47,11 +47,12 @@ _undo: list[Callable[[], None]] = []
 _asked = threading.local()
 
 
-def install(in_children: Callable[[], bool]) -> None:
+def install(in_children: Callable[[], bool], key_for: Callable[[Any, str], str]) -> None:
     """Hook the two ends of Inductor's caches. Idempotent.
 
     Args:
         in_children: whether the calling thread's graphs are compiled in children, so that none may be built here.
+        key_for: called with a graph and the key that Inductor has found for it; returns the one to use.
     """
     kernels.install_loader()
     graphs, cache = compat.CompiledFxGraph, compat.FxGraphCache
@@ -62,9 +63,13 @@ def install(in_children: Callable[[], bool]) -> None:
 
         def prepare_key(gm: Any, *args: Any, **kwargs: Any) -> Any:
             """Inductor's, before each look into its cache."""
-            found = prepare(gm, *args, **kwargs)
-            _asked.noted = (weakref.ref(gm), found[0][0]) if found[0] is not None else None
-            return found
+            found, info = prepare(gm, *args, **kwargs)
+            if found is None:
+                _asked.noted = None
+                return None, info
+            key = key_for(gm, found[0])
+            _asked.noted = (weakref.ref(gm), key)
+            return (key, *found[1:]), info
 
         def after_deserialization(self: Any, constants: Any) -> Any:
             """Inductor's, for a graph from a cache as well as for one from a child."""
@@ -107,6 +112,11 @@ def key_of(gm: Any) -> str | None:
     """The key under which Inductor has just missed ``gm`` in its cache, for once; None if it did not look."""
     noted, _asked.noted = getattr(_asked, "noted", None), None
     return noted[1] if noted is not None and noted[0]() is gm else None
+
+
+def holds(key: str) -> bool:
+    """Whether Inductor's local cache has something under ``key``."""
+    return os.path.isdir(compat.FxGraphCache._get_tmp_dir_for_key(key))
 
 
 def _load(load: Callable[[], Any], graph: Any, table: Table | None) -> Any:

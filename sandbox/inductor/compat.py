@@ -141,6 +141,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.async_compile:maybe_warm_pool",
     "torch._inductor.codecache:FxGraphCache._save_graph",
     "torch._inductor.codecache:FxGraphCache.prepare_key",
+    "torch._inductor.codecache:FxGraphCache._get_tmp_dir_for_key",
     "torch._inductor.codecache:CacheBase.get_system",
     "torch._dynamo.device_interface:_device_initialized",
     "torch.cuda:_cached_device_count",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from typing import Any, Final
 import sympy
 import torch
 
+from sandbox.errors import SandboxError
 from sandbox.inductor import compat
 
 # Strides ------------------------------------------------------------------------------------------------------
@@ -48,6 +50,14 @@ def keeping_strides(gm: torch.fx.GraphModule) -> Iterator[None]:
             del output.meta[name]
         else:
             output.meta[name] = before
+
+
+def keeps_more(gm: torch.fx.GraphModule) -> bool:
+    """Whether :func:`keeping_strides` asks for more than the graph does: for what only a backward pass sees."""
+    output = _output(gm)
+    visible = set(output.meta.get("user_visible_output_idxs", ()))
+    nodes: Sequence[Any] = output.args[0]
+    return any(isinstance(node, torch.fx.Node) and place not in visible for place, node in enumerate(nodes))
 
 
 def traced_strides(gm: torch.fx.GraphModule) -> list[tuple[tuple[str, ...], tuple[str, ...]] | None]:
@@ -127,6 +137,10 @@ def check_of(text: str, places: Sequence[int]) -> Callable[[Sequence[Any]], bool
 
 # Caches -------------------------------------------------------------------------------------------------------
 
+#: Ends the key of code for which :func:`keeps_more` holds. AOTAutograd's cache pairs forward and backward code by their
+#: keys alone, and a backward graph is compiled for the strides of one forward code: two kinds may not share a key.
+KEPT: Final = "-strides"
+
 
 class Saving:
     """What Inductor's cache needs to save a graph later: taken from the thread that compiles, when it would save."""
@@ -179,22 +193,25 @@ def repeatable(gm: torch.fx.GraphModule) -> bool:
 _PURE: Final = ("_operator", "math", "torch", "torch.fx.experimental.sym_node")
 
 
-class _Better:
-    """The better code with what guards it. Its first call is on trial: where it can be made again, an error that the
-    code before does not raise is a fault of the better code, and not the caller's to see."""
+Run = Callable[[Any], Any]
 
-    def __init__(self, code: Any, first: Any, check: Any, again: bool, failed: Callable[[Exception], None]) -> None:
+
+def _guarded(check: Callable[[Any], bool], code: Run, first: Run) -> Run:
+    return lambda inputs: code(inputs) if check(inputs) else first(inputs)
+
+
+class _Trial:
+    """The first call of the better code, where it can be made again: an error that the code before does not raise is a
+    fault of the better code, and not the caller's to see. Several threads may make that call."""
+
+    def __init__(self, code: Run, first: Run, passed: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """``passed``, ``failed``: told how a call has ended."""
         self._code = code
         self._first = first
-        self._check = check
-        self._again = again
+        self._passed = passed
         self._failed = failed
 
     def __call__(self, inputs: Any) -> Any:
-        if self._check is not None and not self._check(inputs):
-            return self._first(inputs)
-        if not self._again:
-            return self._code(inputs)
         kept, error = list(inputs), None
         try:
             made = self._code(inputs)
@@ -203,11 +220,14 @@ class _Better:
         except Exception as problem:  # noqa: BLE001 - raised by the code before as well, or told to `failed`
             error = problem
         if error is None:
-            self._again = False
+            self._passed()
             return made
         made = self._first(kept)
         self._failed(error)
         return made
+
+
+_trials: Final = threading.Lock()
 
 
 @functools.cache
@@ -215,35 +235,35 @@ def deferred_class() -> type[Any]:
     """The class of graphs that may be exchanged. Made on first use, since its base is Inductor's."""
 
     class DeferredOutputCode(compat.OutputCode):  # type: ignore[misc]
-        """Runs ``first`` until :meth:`exchange`. Takes its inputs as one list, and clears it, as they do."""
+        """Runs the code that it began with until :meth:`exchange`. Takes its inputs as one list, which is cleared."""
 
-        def __init__(self, first: Any, begin: Callable[[Any], None]) -> None:
-            """``begin``: called once, with this object, when it is complete and the better code may be made."""
-            self._first = first
-            self._begin: Callable[[Any], None] | None = begin
-            self._better: _Better | None = None
-            self._context = contextvars.copy_context()
+        def __init__(self, first: Any, more: bool, begin: Callable[[Any], None] | None = None) -> None:
+            """``more``: :func:`keeps_more`. ``begin``: called once, with this object, when it is complete and the
+            better code may be made; None if there will be none."""
+            self.more = more
+            # AOTAutograd copies our attributes to the functions around us, so what is to be forgotten lies one deeper.
+            # Of it an exchange changes `run` alone: calls need no lock.
+            self._now = SimpleNamespace(run=first, context=contextvars.copy_context(), arguments=None, saving=None)
+            self._begin = begin
             self._began = time.time_ns()
             self._boxed_call = True
             self._fx_graph_cache_key: str | None = None  # what both of Inductor's caches know it by
             self._fx_graph_cache_debug_lines: list[str] | None = None
-            self.saving: Saving | None = None
-
-        @property
-        def guards_expr(self) -> str | None:
-            """AOTAutograd's cache asks for the entry of Inductor's that has just these."""
-            return self.saving.guards if self.saving is not None else None
+            self.guards_expr: str | None = None  # AOTAutograd's cache asks for the entry that has just these
 
         def __call__(self, inputs: Any) -> Any:
-            better = self._better
-            return self._first(inputs) if better is None else better(inputs)
+            return self._now.run(inputs)
+
+        def save_with(self, saving: Saving) -> None:
+            """How the better code is to be saved."""
+            self._now.saving, self.guards_expr = saving, saving.guards
 
         def post_compile(self, example_inputs: Sequence[Any], constants: Any, graph_kwargs: dict[str, Any]) -> None:
             # Recorded for the first code, they would have to be recorded again for the better one, by whoever calls.
             if graph_kwargs.get("cudagraphs"):
                 compat.BoxedBool.disable(graph_kwargs["cudagraphs"])
-            self._first.post_compile(example_inputs, constants, graph_kwargs)
-            self._arguments = ([value for value in example_inputs if isinstance(value, torch.SymInt)], constants, {
+            self._now.run.post_compile(example_inputs, constants, graph_kwargs)
+            self._now.arguments = ([value for value in example_inputs if isinstance(value, torch.SymInt)], constants, {
                 **graph_kwargs, "cudagraphs": compat.BoxedBool(False),
             })  # fmt: skip
             begin, self._begin = self._begin, None
@@ -255,7 +275,13 @@ def deferred_class() -> type[Any]:
 
         def within(self, function: Callable[[], Any]) -> Any:
             """Call ``function`` under the settings of the compile."""
-            return self._context.copy().run(function)
+            if self._now.context is None:
+                raise SandboxError("the compile is settled")
+            return self._now.context.copy().run(function)
+
+        def settle(self) -> None:
+            """Nothing more will come: forget what only a compile needs, graph and settings of the caller included."""
+            self._now.context = self._now.arguments = self._now.saving = None
 
         def exchange(self, code: Any, guards: str, places: Sequence[int], again: bool, failed: Any) -> None:
             """Save ``code``, and run it from now on. In any thread.
@@ -268,15 +294,29 @@ def deferred_class() -> type[Any]:
             code._fx_graph_cache_key = self._fx_graph_cache_key
             code._fx_graph_cache_debug_lines = self._fx_graph_cache_debug_lines
             code._time_taken_ns = time.time_ns() - self._began
-            if self.saving is not None:
-                self.saving.save(code, guards)
-            code.post_compile(*self._arguments)
+            if self._now.saving is not None:
+                self._now.saving.save(code, guards)
+            code.post_compile(*self._now.arguments)
+            first, check = self._now.run, check_of(guards, places)
+            better: Run = code if check is None else _guarded(check, code, first)
+            if not again:
+                self._now.run = better
+                return
+
+            def passed() -> None:
+                with _trials:
+                    if self._now.run is trial:
+                        self._now.run = better
 
             def not_usable(error: Exception) -> None:
-                self._better = None
-                failed(error)
+                with _trials:
+                    told, self._now.run = self._now.run is first, first
+                if not told:
+                    failed(error)
 
-            self._better = _Better(code, self._first, check_of(guards, places), again, not_usable)
+            tried = _Trial(code, first, passed, not_usable)
+            trial: Run = tried if check is None else _guarded(check, tried, first)
+            self._now.run = trial
 
     return DeferredOutputCode
 

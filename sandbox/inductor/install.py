@@ -14,9 +14,9 @@ from typing import Any
 
 from sandbox.errors import SandboxError
 from sandbox.inductor import cached, compat
-from sandbox.inductor.deferred import Saving, deferred_class
+from sandbox.inductor.deferred import KEPT, Saving, deferred_class, keeps_more
 from sandbox.inductor.eager import eager_class
-from sandbox.inductor.scheme import WITH_CHILDREN, Mode, Scheme, check_mode
+from sandbox.inductor.scheme import DEFERRED, WITH_CHILDREN, Mode, Scheme, check_mode
 from sandbox.inductor.totals import total
 from sandbox.policy import Policy, load
 from sandbox.report import Stats
@@ -159,12 +159,20 @@ def _in_children() -> bool:
     return scheme is not None and scheme.mode in WITH_CHILDREN
 
 
+def _key_for(gm: Any, key: str) -> str:
+    """Under which key this thread looks for a graph. Code of other modes does as well, where there is some."""
+    scheme = _current.get() or _installed
+    if scheme is None or scheme.mode not in DEFERRED or not keeps_more(gm) or cached.holds(key):
+        return key
+    return key + KEPT
+
+
 def _hook() -> None:
     global _original, _original_save
     if _original is None:
         _original = compat.replace_compile(_dispatch)
         _original_save = compat.replace_save_graph(_save_graph)
-        cached.install(_in_children)
+        cached.install(_in_children, _key_for)
         compat.set_ptxas_path()  # before anybody asks Triton for its version; children do the same
         # A process that only uses the backend keeps Inductor's own workers for its other compiles.
         compat.disable_worker_pool(lambda: _installed is not None or _current.get() is not None)
@@ -199,8 +207,11 @@ def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any
         return None
     if _original_save is None:
         raise SandboxError("the cache hook was called after uninstall()")
-    if isinstance(compiled_graph, deferred_class()):
-        compiled_graph.saving = Saving(_original_save, key, *args, **kwargs)
+    later = isinstance(compiled_graph, deferred_class())
+    key = key.removesuffix(KEPT) + (KEPT if later and compiled_graph.more else "")
+    compiled_graph._fx_graph_cache_key = key  # by which AOTAutograd's cache will ask for it
+    if later:
+        compiled_graph.save_with(Saving(_original_save, key, *args, **kwargs))
         return None
     return _original_save(key, compiled_graph, *args, **kwargs)
 

@@ -44,6 +44,7 @@ class Later:
         self._symints = deferred.symints_of(example_inputs)
         self._rest = (inputs_to_check, graph_kwargs, region)
         self._traced = deferred.traced_strides(gm)
+        self._more = deferred.keeps_more(gm)
         # A backward graph may be compiled to write into what it was given.
         self._again = not graph_kwargs.get("is_backward") and deferred.repeatable(gm)
         self._done = False
@@ -66,7 +67,11 @@ class Later:
             recorder.began()
             workers.add(Task(lambda: self._run(make), lambda: self._settle(Kept("cancelled", ""))))
 
-        return deferred.deferred_class()(first, begin)
+        return deferred.deferred_class()(first, self._more, begin)
+
+    def never(self, first: Any) -> Any:
+        """An OutputCode that runs ``first``, and that no cache takes for the code that was wanted."""
+        return deferred.deferred_class()(first, self._more)
 
     def keeps_strides(self, code: Any) -> bool:
         """Whether compiled code gives every output the strides that were traced."""
@@ -83,15 +88,17 @@ class Later:
             Kept: it is sound, but may not take the place of what runs.
             WireError, UnserializableError, OSError: it is not; another child may do better.
         """
+        checked = reply.check_later(value, self._gm, self._sizes, self._inputs)  # a large one takes its time
+        if not self.keeps_strides(checked.code):
+            raise Kept("strides", f"{checked.code.output_strides} are those of the outputs, traced were {self._traced}")
+        guards = [guard for guard, _ in checked.guards]
+        text = deferred.guards_text(guards, [size for _, size in self._symints])
+        if text is None:
+            raise Kept("guards", f"{guards} are about sizes that are no inputs of the graph")
         with exclusive.held(lambda: not self._workers.closed) as held:
             if not held:
                 raise Kept("cancelled", "")
-            code, guards = reply.decode_later(value, self._gm, self._sizes, self._inputs, *self._rest)
-            if not self.keeps_strides(code):
-                raise Kept("strides", f"outputs have the strides {code.output_strides}, traced were {self._traced}")
-            text = deferred.guards_text(guards, [size for _, size in self._symints])
-            if text is None:
-                raise Kept("guards", f"{guards} are about sizes that are no inputs of the graph")
+            code = reply.load_later(checked, value, self._gm, *self._rest)
             loaded(code)
             self._output.exchange(code, text, [place for place, _ in self._symints], self._again, self._not_usable)
             self._done = True
@@ -105,6 +112,7 @@ class Later:
         self._settle(problem)
 
     def _settle(self, problem: BaseException | None) -> None:
+        self._output.settle()
         if problem is not None and not isinstance(problem, Kept):
             self._recorder.swallowed(problem)
             log.warning("%s: %s: %s", self._name, type(problem).__name__, problem)

@@ -20,7 +20,10 @@ from sandbox.inductor.budget import Budget
 from sandbox.inductor.logs import replay_logs
 from sandbox.inductor.outputcode import constants_of
 
-__all__ = ["Sizes", "constants_of", "decode_graph", "decode_later", "encode_graph", "replay_logs", "symbols_of"]
+__all__ = [
+    "Checked", "Sizes", "check_later", "constants_of", "decode_graph", "encode_graph", "load_later", "replay_logs",
+    "symbols_of",
+]  # fmt: skip
 
 
 # In the child -------------------------------------------------------------------------------------------------
@@ -90,31 +93,39 @@ def decode_graph(
     return code
 
 
-def decode_later(
-    data: Any,
-    gm: torch.fx.GraphModule,
-    sizes: Sizes,
-    inputs: int,
-    inputs_to_check: Sequence[int],
-    graph_kwargs: dict[str, Any],
-    region: str | None = None,
-) -> tuple[Any, list[Any]]:
-    """:func:`decode_graph` when it is too late for guards, in any thread: no ShapeEnv is read or changed.
+def check_later(data: Any, gm: torch.fx.GraphModule, sizes: Sizes, inputs: int) -> Checked:
+    """The first half of :func:`decode_graph` when it is too late for guards, in any thread: nothing is loaded, and no
+    ShapeEnv read or changed.
 
     Args:
         sizes: :meth:`Sizes.here` when the graph was traced.
         inputs: of the graph, a count.
 
-    Returns:
-        The OutputCode, and the guards: expressions that must be true of the sizes of each call.
+    Raises:
+        WireError: as :func:`decode_graph`.
+    """
+    return _checked(data, gm, inputs, sizes, Budget())
+
+
+def load_later(
+    checked: Checked,
+    data: Any,
+    gm: torch.fx.GraphModule,
+    inputs_to_check: Sequence[int],
+    graph_kwargs: dict[str, Any],
+    region: str | None = None,
+) -> Any:
+    """The second half: returns the OutputCode. Whoever calls it keeps other compiles out meanwhile.
+
+    Args:
+        checked: what :func:`check_later` has made of ``data``.
 
     Raises:
         WireError, UnserializableError: as :func:`decode_graph`.
     """
-    checked = _checked(data, gm, inputs, sizes, Budget())
     code = _loaded(checked, data, gm, inputs_to_check, graph_kwargs, region)
     _hand_on(code, data)
-    return code, [expr for expr, _ in checked.guards]
+    return code
 
 
 @dataclass(frozen=True)
@@ -140,17 +151,19 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class _Checked:
+class Checked:
     """A reply that is well-formed. Nothing is applied or loaded yet."""
 
     kernels: dict[str, dict[str, str]]
     guards: list[tuple[Any, bool]]
+    """Expressions, and whether they are size-oblivious."""
     code: Any
+    """The OutputCode, which cannot be called yet."""
 
 
 def _checked(
     data: Any, gm: torch.fx.GraphModule, inputs: int, sizes: Sizes, budget: Budget, shape_env: Any = None
-) -> _Checked:
+) -> Checked:
     """``shape_env``: where Inductor is going to evaluate the strides at once."""
     try:
         budget.admit(data)
@@ -166,11 +179,11 @@ def _checked(
         raise
     except Exception as error:
         raise WireError(f"the reply cannot be read: {type(error).__name__}") from error
-    return _Checked(built, guards, code)
+    return Checked(built, guards, code)
 
 
 def _loaded(
-    checked: _Checked,
+    checked: Checked,
     data: dict[str, Any],
     gm: torch.fx.GraphModule,
     inputs_to_check: Sequence[int],

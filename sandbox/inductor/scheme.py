@@ -62,6 +62,8 @@ Mode = Literal["normal", "serialize", "subprocess", "async", "progressive"]
 MODES: Final[tuple[str, ...]] = get_args(Mode)
 #: Those that start children.
 WITH_CHILDREN: Final = ("subprocess", "async", "progressive")
+#: Those in which graphs run before they are compiled, or well compiled.
+DEFERRED: Final = ("async", "progressive")
 #: Seconds that :meth:`Scheme.close` waits for a graph that is being loaded, at most.
 CLOSE_SECONDS: Final = 1.5
 
@@ -205,7 +207,7 @@ class _Compile:
             return self._eager()
         if self.scheme.mode == "normal":
             return self._in_process("mode_normal")
-        if self.scheme.mode in ("async", "progressive") and self._may_run_first():
+        if self.scheme.mode in DEFERRED and self._may_run_first():
             return self._deferred()
         return self._waited_for()
 
@@ -475,7 +477,7 @@ class _Compile:
         if kept is not None:
             self.recorder.kept(kept.reason)
             self.scheme.warn_once(kept.reason, f"{self.name} keeps the code that it began with ({was}): {kept}")
-            return first
+            return first if was == "eager" else later.never(first)
         return later.exchanged(first, was, lambda: self._better(way), self.scheme.workers, self.recorder)
 
     def _better(self, way: _Way) -> None:
