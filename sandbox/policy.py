@@ -28,6 +28,9 @@ Step = Literal["retry", "reduced", "in_process", "eager", "raise"]
 FailedStatus = Annotated[Status, AfterValidator(_failed)]
 #: What a pattern in `environment` never matches: TORCHINDUCTOR_REDIS_URL has a password in it.
 _NOT_BY_PATTERN = re.compile(r"REDIS|REMOTE|MANAGER|TOKEN|KEY|PASSW|SECRET|CREDENTIAL", re.IGNORECASE)
+#: A child has its own of these, whatever the service has. With its caches off Inductor sets the last two anew for each
+#: graph, and no standby child would ever fit.
+OWN_VARIABLES = frozenset({"HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"})
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]
 
 
@@ -229,13 +232,14 @@ class Policy(_Model):
     `torch._inductor.config`. The better code is compiled with the caller's own."""
 
     def allowed(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """Those of ``variables`` that `environment` lets through."""
+        """Those of ``variables`` that `environment` lets through, without those that each child has its own of."""
         exact = {name for name in self.environment if not name.endswith("*")}
         prefixes = tuple(name[:-1] for name in self.environment if name.endswith("*"))
         return {
             name: value
             for name, value in variables.items()
-            if name in exact or (name.startswith(prefixes) and not _NOT_BY_PATTERN.search(name))
+            if name not in OWN_VARIABLES
+            and (name in exact or (name.startswith(prefixes) and not _NOT_BY_PATTERN.search(name)))
         }
 
     @model_validator(mode="after")

@@ -131,6 +131,19 @@ def test_a_changed_environment_makes_it_stale(box: sandbox.Sandbox, monkeypatch:
     assert run(box, os.getenv, "SANDBOX_TEST_COLOUR").value == "blue"
 
 
+def test_folders_of_which_each_child_has_its_own_make_none_stale(
+    box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its caches off, Inductor sets them anew for each graph."""
+    before, taken, take = waiting(box).pid, [], box._standbys.take
+    monkeypatch.setattr(box._standbys, "take", lambda spec: taken.append(take(spec)) or taken[-1])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere/inductor")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/nowhere/triton")
+    found = run(box, os.getenv, "TORCHINDUCTOR_CACHE_DIR").value
+    assert found and not str(found).startswith("/nowhere")
+    assert [child.pid for child in taken] == [before]
+
+
 def test_a_lower_grant_of_memory_is_set_in_the_standby(box: sandbox.Sandbox) -> None:
     before = waiting(box).pid
     low = Limits(memory_bytes=256 * MIB)

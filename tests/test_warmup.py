@@ -28,6 +28,16 @@ assert len(seen) == len(list(samples.lowered())), seen
 assert not any(seen), f"kernels were built: {seen}"
 assert len(os.listdir("/proc/self/task")) == 1, "a thread is left"
 
+def files():
+    return sorted(os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+
+before, known = files(), len(seen)
+warmup._rehearsed[:] = [samples.built(), samples.built()]
+answers = [True, False]
+warmup.rehearse(lambda: answers.pop(0))
+assert len(seen) == known + 1 and seen[-1] == 0, "one graph, while there was time, and nothing built"
+assert files() == before, "a rehearsal leaves files that would pass for the job's"
+
 samples.lowered = lambda: [("broken", lambda: 1 / 0)]
 try:
     warmup._lower()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from benchmarks.corpus import models, modules, ops, special
 from benchmarks.corpus.entry import Entry
 
-#: See :data:`benchmarks.corpus.special.PRELOAD`.
-PRELOAD = special.PRELOAD
+#: What registers the operators that the entries use, and children have to import.
+PRELOAD = (*special.PRELOAD, *models.PRELOAD)
 
 
 def entries() -> Iterator[Entry]:

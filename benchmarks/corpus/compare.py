@@ -47,7 +47,13 @@ def _plain(value: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor | None]:
         return form, value.to_dense()
     if value.is_quantized:
         return form, value.int_repr()
-    return (*form, value.stride()), value.resolve_conj().resolve_neg().contiguous().clone()
+    return (*form, _strides(value)), value.resolve_conj().resolve_neg().contiguous().clone()
+
+
+def _strides(value: torch.Tensor) -> tuple[int, ...]:
+    """Strides where they mean something. Of a dimension of one element autograd returns the one or the other, in the
+    same mode: it keeps a gradient as it is if nobody else holds it, and else copies it."""
+    return tuple(stride if size > 1 else 1 for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
 def save(kept: Kept, path: Path) -> None:

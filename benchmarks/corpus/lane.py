@@ -98,6 +98,7 @@ class Worker:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "cache")
         environment["XDG_CACHE_HOME"] = str(self.folder / "home")
         environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "0" if self.cache else "1"
+        environment["PYTHONHASHSEED"] = "0"  # some of PyTorch's samples are drawn from a set
         environment["CUDA_VISIBLE_DEVICES"] = ""  # the corpus is for the CPU
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))

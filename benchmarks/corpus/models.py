@@ -6,6 +6,7 @@ Each for inference and for a training step, with fixed shapes and with dynamic o
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +19,18 @@ from benchmarks.corpus.entry import Call, Case, Entry, Skip
 
 #: Words in the vocabulary of the language models, a count; small, so that weights are.
 WORDS: Final = 128
+
+
+def _preload() -> tuple[str, ...]:
+    try:
+        found = importlib.util.find_spec("transformers.integrations.moe")
+    except ImportError:
+        found = None
+    return ("transformers.integrations.moe",) if found is not None else ()
+
+
+#: It registers an operator of the mixture of experts.
+PRELOAD: Final = _preload()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ def built() -> bytes:
     return _sample(_linear, (torch.ones(8, 8), torch.ones(8, 8)))
 
 
+def reductions() -> bytes:
+    """The payload of the one that has the most kernels of different kinds."""
+    return _sample(_reductions, (torch.ones(24, 40),))
+
+
 def lowered() -> Iterator[tuple[str, Callable[[], bytes]]]:
     """The others: a name, and what makes the payload."""
     square, image, heads = torch.ones(8, 8), torch.ones(2, 3, 12, 12), torch.ones(2, 4, 6, 8)

@@ -3,6 +3,7 @@
     probe      which vector instructions compiler and processor know, several at a time
     build      one sample graph down to its library: it makes the precompiled header
     lower      more samples, whose kernels are generated but not built: lazy imports, tables and caches
+    rehearse   in a child that waits for a job: some of it once more, so that the pages are its own by then
 
 `docs/ARCHITECTURE.md` tells how the samples were found.
 """
@@ -16,7 +17,7 @@ import shutil
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ from sandbox.inductor.compile import private_folders, run, settings, threads
 
 #: Probes and kernels side by side, a count at most.
 MAX_THREADS: Final = 8
+#: Payloads for :func:`rehearse`; empty where the template was not warmed up.
+_rehearsed: list[bytes] = []
 
 
 def warm_up(gpus_hidden: bool = False) -> None:
@@ -55,6 +58,7 @@ def warm_up(gpus_hidden: bool = False) -> None:
             _probe(cores)
             run(samples.built(), {}, cores)
             _lower()
+            _rehearsed[:] = [samples.built()]
         counting.reset()
     finally:
         for name, value in before.items():
@@ -66,6 +70,29 @@ def warm_up(gpus_hidden: bool = False) -> None:
         for entry in os.listdir(os.path.join(folder, "inductor")) if os.path.isdir(folder + "/inductor") else []:
             if entry != "precompiled_headers":
                 shutil.rmtree(os.path.join(folder, "inductor", entry), ignore_errors=True)
+
+
+def rehearse(wanted: Callable[[], bool]) -> None:
+    """In a standby child: lower small graphs. A fork copies each page that it writes to for the first time, also
+    those of objects that it only counts a reference to: this has it done before there is a job to wait for it.
+
+    Args:
+        wanted: asked before each graph whether there is still time.
+    """
+    before = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    folder = tempfile.mkdtemp(prefix="rehearsal-")
+    try:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        with _nothing_built(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for data in _rehearsed:
+                if wanted():
+                    run(data, {}, 1)
+    finally:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+        _forget_kernels()
+        counting.reset()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _no_progress_thread() -> None:
