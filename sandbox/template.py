@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox import keeper, ledger, scratch, trackers
+from sandbox import hugepages, keeper, ledger, scratch, trackers
 from sandbox.enforce import cgroups, libc, prepare_template
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
 from sandbox.processes import Process, descendants, read_stat
@@ -66,7 +66,7 @@ def main(control_fd: int) -> None:
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGCONT)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, pages that children share
-    _send(control, {"event": "ready", **report})
+    _send(control, {"event": "ready", **report, "huge_bytes": hugepages.collapse()})
     _serve(control, Path(settings["root"]), settings["cgroup_parent"])
 
 

@@ -43,7 +43,7 @@ LAYERS = """
     callables
     child                         # the worker
     init
-    keeper verdict
+    keeper verdict hugepages
     template
     forkserver                    # from here on: in the parent
     launch

@@ -211,6 +211,8 @@ def test_one_that_dies_as_its_job_begins(box: sandbox.Sandbox, who: str, monkeyp
         found = real(self, spec)  # type: ignore[arg-type]
         if found is child:
             os.kill(pid, signal.SIGKILL)
+            # It dies with its keeper, but not at once: one that has said that it began is a crash of the job.
+            assert eventually(lambda: not Path(f"/proc/{child.pid}").exists(), 20)
         return found
 
     monkeypatch.setattr(type(box._standbys), "take", take)
@@ -349,3 +351,13 @@ def test_one_that_is_being_made_is_waited_for(box: sandbox.Sandbox, monkeypatch:
         assert eventually(lambda: box.standbys == 1 or box._standbys._making is not None, 20.0)
         assert run(box, abs, -number).value == number
     assert fresh == []
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_the_template_lies_in_huge_pages_where_the_kernel_has_them(box: sandbox.Sandbox) -> None:
+    """A fork has fewer page table entries to copy then; what a child holds of its own is counted as before."""
+    told = box._forkserver.facts["huge_bytes"]
+    lines = Path(f"/proc/{box.forkserver_pid}/smaps_rollup").read_text().splitlines()
+    seen = next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages"))
+    assert (seen > 0) == (told > 0) and seen <= told
+    assert run(box, lambda: len(bytearray(os.urandom(1 << 20)) * 64)).usage.peak_memory_bytes > 64 << 20

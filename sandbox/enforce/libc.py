@@ -22,6 +22,7 @@ MS_SLAVE: Final = 0x80000
 
 _SYS_MOUNT_SETATTR: Final = 442  # on every architecture
 _MNT_DETACH: Final = 0x2
+_MADV_COLLAPSE: Final = 25
 _AT_FDCWD: Final = -100
 _AT_RECURSIVE: Final = 0x8000
 _MOUNT_ATTR_RDONLY: Final = 0x1
@@ -96,6 +97,11 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 def unmount(path: str) -> None:
     """umount2(2), lazily. Raises OSError."""
     _check(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"umount2({path})")
+
+
+def collapse(address: int, size: int) -> None:
+    """madvise(2): put pages together to huge ones. Raises OSError; EINVAL before Linux 6.1."""
+    _check(_libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(_MADV_COLLAPSE)), "madvise")
 
 
 def set_read_only(path: str, on: bool, recursive: bool = False) -> None:
