@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import sandbox
-from sandbox import ledger
+from sandbox import executor, ledger
 from sandbox.limits import Limits
 from sandbox.policy import BreakerSettings, CapsuleSettings, ForkserverSettings, Policy
 
@@ -42,7 +42,10 @@ class Held:
 
 
 def held(pid: int | None = None) -> Held:
-    """Counts and names, for a comparison before and after."""
+    """Counts and names, for a comparison before and after. Waits for what no answer waits for, standby children too."""
+    for box in list(executor._OPEN):
+        if not box.foreign:
+            box.settle(20.0)
     now = ledger.take(pid)
     return Held(
         fds=len(now.fds),
@@ -70,7 +73,7 @@ def family(template: int | None) -> set[int]:
     return found
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     """Whether ``condition`` becomes true within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -170,5 +173,10 @@ def leaves_nothing(light: sandbox.Sandbox, replaced: bool = False) -> Iterator[N
         "a scratch folder outlived its job"
     )
     assert eventually(lambda: family(now) <= processes), "a process of the job lives"
+
     # A keeper reports before it ends, so its end may be seen a few milliseconds later.
-    assert eventually(lambda: held() == here and held(now) == there), (held(), here, held(now), there)
+    # Fewer descriptors than before are none left: one of ours may have been closed a moment later then.
+    def same(found: Held, before: Held) -> bool:
+        return dataclasses.replace(found, fds=max(found.fds, before.fds)) == before
+
+    assert eventually(lambda: same(held(), here) and same(held(now), there)), (held(), here, held(now), there)
