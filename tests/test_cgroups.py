@@ -222,7 +222,7 @@ def cannot_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[san
         "Group.join = join\n"
     )
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    settings = ForkserverSettings(import_torch=False, preload=("faultpoints", "no_joining"))
+    settings = ForkserverSettings(import_torch=False, preload=("faultpoints", "no_joining"), standby=0)
     with sandbox.Sandbox(light_policy(forkserver=settings)) as box:
         yield box
 
