@@ -96,6 +96,11 @@ class TreeMeter:
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
         return TreeUsage(self._cpu_seconds, memory, processes, threads)
 
+    def cpu(self) -> float:
+        """CPU time of the tree so far, in seconds, without a look at its memory, which takes longer."""
+        ticks = sum(stat.own_ticks + stat.reaped_ticks for stat in walk(self.root_pid))
+        return ticks / TICKS_PER_SECOND
+
     def nameless_bytes(self, device: int) -> int:
         """Allocated bytes of the files on ``device`` that the processes of the last sample hold open and that have no
         name any more, so that no survey of a folder finds them. Not seen: those that are mapped and closed."""

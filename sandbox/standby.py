@@ -85,6 +85,7 @@ class Standbys:
                     child.keeper.send(BEGIN + memory.to_bytes(8))
                     if child.meter is not None:
                         child.meter.memory_limit_bytes = memory
+                        child.cpu_seconds = child.meter.cpu()  # what it has rehearsed is not the job's
                     self._forkserver.forks += 1
                     return child
             self._swallowed(ForkserverError("a standby child had ended"))
@@ -194,7 +195,7 @@ class Standbys:
             parse_envelope(recv_frame(child.worker, 0, READY_SECONDS).envelope, Started)
             child.measure()
             if child.meter is not None:
-                child.cpu_seconds = child.meter.sample().cpu_seconds
+                child.meter.sample()
         except BaseException:
             with self._lock:
                 self._making, closed = None, self._closed

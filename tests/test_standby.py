@@ -144,6 +144,19 @@ def test_folders_of_which_each_child_has_its_own_make_none_stale(
     assert [child.pid for child in taken] == [before]
 
 
+def test_what_a_standby_has_used_before_is_not_its_jobs(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rehearses after it has been measured first: what it had used is asked when its job begins."""
+
+    def burn() -> int:
+        return sum(range(5_000_000))
+
+    assert run(box, burn).usage.cpu_seconds > 0.05
+    meter = waiting(box).meter
+    assert meter is not None and 0 <= meter.cpu() < 10
+    monkeypatch.setattr(meter, "cpu", lambda: 10.0)
+    assert run(box, burn).usage.cpu_seconds == 0
+
+
 def test_a_lower_grant_of_memory_is_set_in_the_standby(box: sandbox.Sandbox) -> None:
     before = waiting(box).pid
     low = Limits(memory_bytes=256 * MIB)
