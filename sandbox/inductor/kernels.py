@@ -144,15 +144,19 @@ def _loader(cls: Any, identity: str, entry: dict[str, str]) -> Callable[[], Any]
 
 
 @contextlib.contextmanager
-def kept_in(folder: Path) -> Iterator[None]:
-    """Inside the block, this thread loads libraries from ``folder``, wherever Inductor's cache is by now: with
-    `force_disable_caches` each compile has a cache of its own, and is over when a thread loads what came of it."""
-    before = getattr(_local, "folder", None)
-    _local.folder = folder
+def _in_this_thread(name: str, value: Any) -> Iterator[None]:
+    before = getattr(_local, name, None)
+    setattr(_local, name, value)
     try:
         yield
     finally:
-        _local.folder = before
+        setattr(_local, name, before)
+
+
+def kept_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, this thread loads libraries from ``folder``, wherever Inductor's cache is by now: with
+    `force_disable_caches` each compile has a cache of its own, and is over when a thread loads what came of it."""
+    return _in_this_thread("folder", folder)
 
 
 def is_loading() -> bool:
@@ -160,14 +164,8 @@ def is_loading() -> bool:
     return getattr(_local, "table", None) is not None
 
 
-@contextlib.contextmanager
-def loading(table: dict[str, dict[str, str]]) -> Iterator[None]:
+def loading(table: dict[str, dict[str, str]]) -> contextlib.AbstractContextManager[None]:
     """Inside the block, this thread loads the libraries of ``table`` and builds none: what asks for another one gets
     FileNotFoundError."""
     install_loader()
-    before = getattr(_local, "table", None)
-    _local.table = table
-    try:
-        yield
-    finally:
-        _local.table = before
+    return _in_this_thread("table", table)
