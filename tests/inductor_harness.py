@@ -13,8 +13,23 @@ from typing import Any
 
 import torch
 
+import sandbox
 from sandbox import child, template
-from sandbox.inductor import compat, compile, failures, payload, reply, warmup
+from sandbox.inductor import compat, compile, failures, install, payload, reply, warmup
+from sandbox.inductor.scheme import Scheme
+
+
+@contextlib.contextmanager
+def installed(policy: sandbox.Policy) -> Iterator[Scheme]:
+    """The sandbox, installed inside the block; its forkserver is ready."""
+    sandbox.install(policy=policy)
+    try:
+        one = install.installed()
+        assert one is not None
+        one.sandbox.wait_ready()
+        yield one
+    finally:
+        sandbox.uninstall()
 
 
 def _read(fd: int) -> bytes | None:

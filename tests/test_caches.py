@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import inductor_harness
 import pytest
 import redis_server
 import torch
@@ -45,12 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis_server.Re
 @pytest.fixture(scope="module")
 def main(server: redis_server.Redis) -> Iterator[Scheme]:
     """The mode `subprocess`, installed; its template takes faults."""
-    sandbox.install(policy=POLICY)
-    one = install.installed()
-    assert one is not None
-    one.sandbox.wait_ready()
-    yield one
-    sandbox.uninstall()
+    with inductor_harness.installed(POLICY) as one:
+        yield one
 
 
 @pytest.fixture(params=MODES)

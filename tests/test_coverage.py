@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inductor_harness
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,12 +17,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 
-import sandbox
 from benchmarks.corpus import special_graphs, special_registered, special_uses, special_values  # noqa: F401
 from benchmarks.corpus.cases import CASES
 from sandbox.errors import UnserializableError, WireError
 from sandbox.inductor import aoti, compat, outputcode, pickling, registrations
-from sandbox.inductor.install import installed
 from sandbox.inductor.scheme import Scheme
 from sandbox.policy import ForkserverSettings, Policy
 
@@ -48,12 +47,8 @@ CHANGED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.fixture(scope="module")
 def scheme() -> Iterator[Scheme]:
-    sandbox.install(policy=POLICY)
-    one = installed()
-    assert one is not None
-    one.sandbox.wait_ready()
-    yield one
-    sandbox.uninstall()
+    with inductor_harness.installed(POLICY) as one:
+        yield one
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inductor_harness
 import pytest
 import torch
 from conftest import eventually, held
@@ -31,12 +32,8 @@ POLICY = Policy(name="test", allow_faults=True)
 @pytest.fixture(scope="module")
 def scheme() -> Iterator[Scheme]:
     """The sandbox, installed for this module; its template takes faults."""
-    sandbox.install(policy=POLICY)
-    one = installed()
-    assert one is not None
-    one.sandbox.wait_ready()
-    yield one
-    sandbox.uninstall()
+    with inductor_harness.installed(POLICY) as one:
+        yield one
 
 
 @pytest.fixture(autouse=True)
