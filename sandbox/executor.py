@@ -209,7 +209,14 @@ class Sandbox:
         """Wait, at most so long, until what no answer waits for is done: the ends of keepers, removals, new standby
         children. Returns whether it is."""
         deadline = time.monotonic() + seconds
-        return self._background.wait(seconds) and self._standbys.settle(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            ending = [] if self._tasks else list(self._threads)
+        for thread in ending:  # each has answered, and asks for a new standby child after that
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return all(
+            each.wait(max(0.0, deadline - time.monotonic())) for each in (self._background, self._standbys.background)
+        )
 
     def environment(self) -> dict[str, str]:
         """What a child may see of this process's environment now, by the policy's allow-list."""

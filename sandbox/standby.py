@@ -118,10 +118,6 @@ class Standbys:
         for child in children:
             child.abandon()
 
-    def settle(self, seconds: float) -> bool:
-        """Wait, at most so long, until those that are being made are there. Returns whether they are."""
-        return self.background.wait(seconds)
-
     def _busy(self) -> bool:
         return 2 * len(self._jobs) >= (len(os.sched_getaffinity(0)) or 1)
 
@@ -162,14 +158,17 @@ class Standbys:
                     self._ready = [each for each in self._ready if each[0] not in stale]
                     missing = len(self._ready) < self._policy.forkserver.standby
                     wanted = missing and not self._closed and not self._busy() and self._forkserver.ready_pid
+                    # Under the lock in which it was decided: who asks from now on starts it again.
+                    self._filling = bool(wanted)
                 for child in stale:
                     child.abandon()
                 if not wanted:
                     return
                 self._make(environment)
-        finally:
+        except BaseException:
             with self._lock:
                 self._filling = False
+            raise
 
     def _make(self, environment: Environment) -> None:
         """One more.

@@ -40,6 +40,12 @@ class Held:
     children: frozenset[int]
     temporary: frozenset[str]
 
+    def no_more_than(self, before: Held) -> bool:
+        """Whether all of it was there before. What was on its way to be closed then, may be gone by now."""
+        return self.fds <= before.fds and all(
+            getattr(self, name) <= getattr(before, name) for name in ("posix", "sysv", "children", "temporary")
+        )
+
 
 def held(pid: int | None = None) -> Held:
     """Counts and names, for a comparison before and after. Waits for what no answer waits for, standby children too."""
@@ -175,8 +181,6 @@ def leaves_nothing(light: sandbox.Sandbox, replaced: bool = False) -> Iterator[N
     assert eventually(lambda: family(now) <= processes), "a process of the job lives"
 
     # A keeper reports before it ends, so its end may be seen a few milliseconds later.
-    # Fewer descriptors than before are none left: one of ours may have been closed a moment later then.
-    def same(found: Held, before: Held) -> bool:
-        return dataclasses.replace(found, fds=max(found.fds, before.fds)) == before
-
-    assert eventually(lambda: same(held(), here) and same(held(now), there)), (held(), here, held(now), there)
+    assert eventually(lambda: held().no_more_than(here) and held(now).no_more_than(there)), (
+        f"something is left: {held()}, before {here}; of the template: {held(now)}, before {there}"
+    )

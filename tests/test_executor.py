@@ -138,8 +138,11 @@ def test_a_forkserver_that_dies_is_replaced_and_the_job_answered(number: signal.
         os.kill(before, number)
         assert result(one, double, 4).value == 8
         assert in_flight.result(30).status is Status.OK, "a job in flight was lost with the forkserver"
-        # A standby child answers without the forkserver; that it hangs is seen when the next one is to be made.
-        assert eventually(lambda: one.forkserver_pid not in (before, None), 30)
+        # A standby child answers without the forkserver; that it hangs is seen when the next one is to be made. It has
+        # not lived long: the next is started when a job asks for it.
+        assert eventually(lambda: one.forkserver_pid != before, 30)
+        assert result(one, double, 5).value == 10
+        assert one.forkserver_pid not in (before, None)
         assert one.stats().forkserver_restarts >= 1
         assert eventually(lambda: not psutil.pid_exists(before))
 
@@ -479,7 +482,7 @@ def test_nothing_is_left_when_the_host_exits_with_jobs_in_flight() -> None:
     done = run_host("futures = [box.submit(sandbox.callable_job(work, n)) for n in range(10)]\nbox.wait_ready()")
     assert done.returncode == 0, done.stderr
     assert "resource_tracker" not in done.stderr and done.stderr == ""
-    assert eventually(lambda: held() == before, 5), (held(), before)
+    assert eventually(lambda: held().no_more_than(before), 5), (held(), before)
     assert not left_of_host()
 
 
@@ -506,7 +509,7 @@ def test_nothing_is_left_when_the_host_is_killed_in_the_middle_of_ten_jobs() -> 
         killed = time.monotonic()
         _gone, alive = psutil.wait_procs(family, timeout=5)
         assert not alive
-    assert eventually(lambda: held() == before, 5 - (time.monotonic() - killed)), (held(), before)
+    assert eventually(lambda: held().no_more_than(before), 5 - (time.monotonic() - killed)), (held(), before)
     assert not left_of_host()
 
 
