@@ -19,8 +19,9 @@ import socket
 import stat
 import tempfile
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from sandbox import child, init, ledger, scratch
 from sandbox.enforce import Place, cgroups, check, libc, paths, prepare_keeper, seccomp
@@ -60,45 +61,59 @@ MAX_PATH = 1000
 KILL_SECONDS = 10.0
 
 
-def main(request: dict[str, Any], fds: list[int]) -> NoReturn:
+@dataclass(frozen=True)
+class Order:
+    """What a keeper is forked for."""
+
+    job_id: str
+    """Of a standby, its own name."""
+    folder: Path
+    """The job's scratch folder."""
+    standby: bool
+    gpu: bool
+    confinement: Confinement
+    limits: Limits
+    state: Mechanism
+    """Of the cgroup."""
+    group: cgroups.Group | None
+    """The cgroup, which the keeper removes in the end."""
+
+
+def main(order: Order, fds: list[int]) -> NoReturn:
     """Run in the fork of the template. ``fds``: the job's socket, its stderr pipe, the keeper's socket."""
     code = 1
     try:
         job_fd, stderr_fd, keeper_fd = fds
-        keep_only({job_fd, stderr_fd, keeper_fd})
-        code = _keep(request, job_fd, stderr_fd, socket.socket(fileno=keeper_fd))
+        keep_only({job_fd, stderr_fd, keeper_fd, *(order.group.joins if order.group is not None else ())})
+        code = _keep(order, job_fd, stderr_fd, socket.socket(fileno=keeper_fd))
     except BaseException:  # noqa: BLE001 - a fork of the template must never return into its loop
-        _confess(request, fds, traceback.format_exc())
+        _confess(order.job_id, fds, traceback.format_exc())
     finally:
         os._exit(code)
 
 
-def _confess(request: dict[str, Any], fds: list[int], text: str) -> None:
+def _confess(job_id: str, fds: list[int], text: str) -> None:
     """Our own failure: to the parent if it still listens, else into the template's log."""
     try:
-        report = Exited(job_id=request["job_id"], refused=f"the keeper failed: {printable(text[-1500:])}")
+        report = Exited(job_id=job_id, refused=f"the keeper failed: {printable(text[-1500:])}")
         with socket.socket(fileno=fds[2]) as parent:
             send_frame(parent, report, b"", SEND_SECONDS)
-    except (WireError, OSError, IndexError, KeyError):
+    except (WireError, OSError, IndexError):
         os.write(2, text.encode(errors="replace"))
 
 
-def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.socket) -> int:
+def _keep(order: Order, job_fd: int, stderr_fd: int, parent: socket.socket) -> int:
     os.setsid()
-    job_id: str = request["job_id"]
-    folder = Path(request["scratch"])
-    confinement = Confinement.model_validate_json(request["confinement"])
-    limits = Limits.model_validate_json(request["limits"])
+    job_id, folder, confinement, group = order.job_id, order.folder, order.confinement, order.group
     # Before SIGCHLD is watched: the wake-up pipe makes `poll` return when any process of the tree ends.
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
     try:
-        check(confinement, {"cgroup": state})
-        entered = prepare_keeper(confinement, root=str(folder.parent), gpu=request["gpu"])
-        entered.states["cgroup"] = state
+        check(confinement, {"cgroup": order.state})
+        entered = prepare_keeper(confinement, root=str(folder.parent), gpu=order.gpu)
+        entered.states["cgroup"] = order.state
         before = ledger.take(own=False)
         # The template's own folder, in which we still are, holds what its warm-up has built.
         read = paths.needed(os.environ, gpu=False, extra=(os.getcwd(), *confinement.read)).read
@@ -106,14 +121,14 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
         report, report_end = socket.socketpair()
         place = Place(str(folder), tempfile.gettempdir(), entered.own_shm, report_end.fileno())
         own = os.getpid()
-        first = os.fork()
+        first = libc.fork() if entered.own_pids else os.fork()  # without own ones it is the worker
         if first == 0:
             try:
                 signal.set_wakeup_fd(-1)
                 report_end.detach()  # closed once the worker is confined
                 for fd in (wake_read, wake_write, parent.fileno(), ours.fileno(), report.fileno()):
                     os.close(fd)
-                work = functools.partial(child.main, job_id, request["standby"], place, job_fd, stderr_fd)
+                work = functools.partial(child.main, job_id, order.standby, place, job_fd, stderr_fd)
                 init.main(theirs, entered, confinement, folder, read, group, work)  # never returns
             finally:
                 os._exit(1)
@@ -126,7 +141,7 @@ def _keep(request: dict[str, Any], job_fd: int, stderr_fd: int, parent: socket.s
             if entered.own_user:
                 libc.drop_capabilities()
             worker = _started(ours, entered, confinement)
-            tree = _Tree(worker, first, ours, entered, group, limits, Record(folder), request["standby"])
+            tree = _Tree(worker, first, ours, entered, group, order.limits, Record(folder), order.standby)
             return _see_through(job_id, folder, parent, report, wake_read, tree, before)
         finally:
             # What is left is init, which the kernel takes 15 ms for: after the report. Or something went wrong with us,

@@ -147,6 +147,8 @@ def launch(
         theirs.callback(os.close, stderr_end)
         ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
         made = ledger.links((worker.fileno(), keeper.fileno(), stderr, *ends))
+        # The template makes it before it forks, and may die in between.
+        failed.callback(cgroups.sweep, cgroups.group_name(folder), confinement.cgroup_parent)
         template = forkserver.pid
         process = forkserver.fork(name, folder, confinement, limits, ends, standby=standby, gpu=gpu)
         failed.pop_all()

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from sandbox import hugepages, keeper, ledger, scratch, trackers
 from sandbox.enforce import cgroups, libc, prepare_template
 from sandbox.enforce.privileges import become_subreaper, die_with_parent
+from sandbox.limits import Confinement, Limits
 from sandbox.processes import Process, descendants, read_stat
 from sandbox.results import printable
 
@@ -173,12 +174,32 @@ def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]
     threads = thread_count()
     if threads != 1:
         return {"event": "refused", "job_id": request["job_id"], "reason": f"{threads} OS threads in the template"}
+    confinement = Confinement.model_validate_json(request["confinement"])
+    limits = Limits.model_validate_json(request["limits"])
+    # Here, and not in the keeper: it would wait for the lock that our own move into a cgroup holds, see `cgroups.stir`.
+    folder = Path(request["scratch"])
+    state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
     try:
-        pid = os.fork()
+        pid = libc.fork()
     except OSError as error:
+        if group is not None:
+            group.close()
+            group.remove()
         return {"event": "refused", "job_id": request["job_id"], "reason": f"fork failed: {error}"}
     if pid == 0:
-        keeper.main(request, fds)  # never returns
+        order = keeper.Order(
+            job_id=request["job_id"],
+            folder=folder,
+            standby=request["standby"],
+            gpu=request["gpu"],
+            confinement=confinement,
+            limits=limits,
+            state=state,
+            group=group,
+        )
+        keeper.main(order, fds)  # never returns
+    if group is not None:
+        group.close()
     stat = read_stat(pid)
     start_ticks = stat.start_ticks if stat is not None else 0  # None: it has ended already
     keepers.add((pid, start_ticks))

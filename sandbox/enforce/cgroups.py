@@ -77,7 +77,8 @@ class Group:
             OSError: the kernel refuses; nothing is left of it.
         """
         self.folders: list[tuple[str, Place]] = []
-        self._joins: list[int] = []
+        self.joins: list[int] = []
+        """Descriptors that :meth:`join` needs."""
         try:
             for place in places:
                 folder = os.path.join(place.folder, name)
@@ -89,7 +90,7 @@ class Group:
                     except FileNotFoundError:
                         if file not in _SWAP:
                             raise
-                self._joins.append(os.open(os.path.join(folder, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
+                self.joins.append(os.open(os.path.join(folder, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC))
         except OSError:
             self.close()
             self.remove()
@@ -102,7 +103,7 @@ class Group:
 
     def join(self) -> None:
         """Move this process into it, for good. Raises OSError."""
-        for fd in self._joins:
+        for fd in self.joins:
             os.write(fd, b"0")
         self.close()
 
@@ -117,9 +118,9 @@ class Group:
                         _write(f"{folder}/{_SWAP[1]}", str(limit_bytes))
 
     def close(self) -> None:
-        """Close the descriptors that :meth:`join` needs."""
-        while self._joins:
-            os.close(self._joins.pop())
+        """Close what :meth:`join` needs."""
+        while self.joins:
+            os.close(self.joins.pop())
 
     def kill(self) -> None:
         """Kill every process in it at once, where the kernel can (v2, Linux 5.14)."""
