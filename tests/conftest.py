@@ -40,11 +40,13 @@ class Held:
     children: frozenset[int]
     temporary: frozenset[str]
 
-    def no_more_than(self, before: Held) -> bool:
-        """Whether all of it was there before. What was on its way to be closed then, may be gone by now."""
-        return self.fds <= before.fds and all(
-            getattr(self, name) <= getattr(before, name) for name in ("posix", "sysv", "children", "temporary")
-        )
+    def more_than(self, before: Held) -> dict[str, object]:
+        """What was not there before. What was on its way to be closed then, may be gone by now."""
+        names = ("posix", "sysv", "children", "temporary")
+        more: dict[str, object] = {
+            name: found for name in names if (found := getattr(self, name) - getattr(before, name))
+        }
+        return more | ({"fds": self.fds - before.fds} if self.fds > before.fds else {})
 
 
 def held(pid: int | None = None) -> Held:
@@ -181,6 +183,6 @@ def leaves_nothing(light: sandbox.Sandbox, replaced: bool = False) -> Iterator[N
     assert eventually(lambda: family(now) <= processes), "a process of the job lives"
 
     # A keeper reports before it ends, so its end may be seen a few milliseconds later.
-    assert eventually(lambda: held().no_more_than(here) and held(now).no_more_than(there)), (
-        f"something is left: {held()}, before {here}; of the template: {held(now)}, before {there}"
+    assert eventually(lambda: not held().more_than(here) and not held(now).more_than(there)), (
+        f"something is left: {held().more_than(here)}; of the template: {held(now).more_than(there)}"
     )

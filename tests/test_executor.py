@@ -482,7 +482,7 @@ def test_nothing_is_left_when_the_host_exits_with_jobs_in_flight() -> None:
     done = run_host("futures = [box.submit(sandbox.callable_job(work, n)) for n in range(10)]\nbox.wait_ready()")
     assert done.returncode == 0, done.stderr
     assert "resource_tracker" not in done.stderr and done.stderr == ""
-    assert eventually(lambda: held().no_more_than(before), 5), (held(), before)
+    assert eventually(lambda: not held().more_than(before), 5), held().more_than(before)
     assert not left_of_host()
 
 
@@ -509,7 +509,7 @@ def test_nothing_is_left_when_the_host_is_killed_in_the_middle_of_ten_jobs() -> 
         killed = time.monotonic()
         _gone, alive = psutil.wait_procs(family, timeout=5)
         assert not alive
-    assert eventually(lambda: held().no_more_than(before), 5 - (time.monotonic() - killed)), (held(), before)
+    assert eventually(lambda: not held().more_than(before), 5 - (time.monotonic() - killed)), held().more_than(before)
     assert not left_of_host()
 
 

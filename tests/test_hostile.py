@@ -185,7 +185,7 @@ def test_a_stopped_keeper_does_not_outlive_a_killed_parent() -> None:
         )
         assert done.returncode == -signal.SIGKILL
     assert eventually(lambda: family(None) <= before[1], 5), "a keeper or worker lives"
-    assert eventually(lambda: held().no_more_than(before[0]), 5)
+    assert eventually(lambda: not held().more_than(before[0]), 5)
 
 
 @pytest.mark.parametrize(

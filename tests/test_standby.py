@@ -250,7 +250,9 @@ def test_nothing_is_left_by_close() -> None:
     with sandbox.Sandbox(standby_policy(forkserver=SETTINGS.model_copy(update={"standby": 3}))) as box:
         box.wait_ready()
         assert eventually(lambda: box._standbys.ready == 3, 20.0)
-    assert eventually(lambda: held().no_more_than(before[0]) and family(None) <= before[1]), (held(), before)
+    assert eventually(lambda: not held().more_than(before[0]) and family(None) <= before[1]), held().more_than(
+        before[0]
+    )
 
 
 def test_close_while_one_is_made() -> None:
@@ -260,7 +262,9 @@ def test_close_while_one_is_made() -> None:
         assert eventually(lambda: box._standbys._making is not None)
         started = time.monotonic()
     assert time.monotonic() - started < 5
-    assert eventually(lambda: held().no_more_than(before[0]) and family(None) <= before[1]), (held(), before)
+    assert eventually(lambda: not held().more_than(before[0]) and family(None) <= before[1]), held().more_than(
+        before[0]
+    )
 
 
 HOST = """
