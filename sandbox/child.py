@@ -126,13 +126,17 @@ def _work(job_id: str, standby: bool, place: Place, job_fd: int, stderr_fd: int,
             send_frame(channel, Started(job_id=job_id, enforcement=enforcement), b"", SEND_SECONDS)
             _rehearse(prepared, before, registrations, origins, scratch)
             if (compiler := sys.modules.get(REHEARSAL)) is not None:
-                compiler.rehearse(lambda: not select.select([channel], [], [], 0)[0])
+                try:
+                    compiler.rehearse(lambda: not select.select([channel], [], [], 0)[0])
+                except Exception as error:  # noqa: BLE001 - told; the job that comes may do well all the same
+                    print(f"rehearsal: {type(error).__name__}: {error}", file=sys.stderr)
             wait_for_job(channel)
             started = time.monotonic()
             frame = receive(channel)
             spec = check_spec(frame, None)
             check_terms(spec, prepared)
-            rlimits.lower_memory(prepared.limits.memory_bytes - spec.limits.memory_bytes)
+            if spec.limits.memory_bytes < prepared.limits.memory_bytes:
+                rlimits.lower_memory(spec.limits.memory_bytes)
     except (WireError, JobError) as error:
         print(f"request refused: {error}", file=sys.stderr)
         return EXIT_BAD_REQUEST

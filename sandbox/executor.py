@@ -273,9 +273,12 @@ class Sandbox:
             except Exception as error:  # noqa: BLE001 - the caller must get an answer; the error is in it
                 self.recorder.swallowed(error)
                 result = _failed(task.job, Status.SANDBOX_ERROR, f"{type(error).__name__}: {error}")
-            self._settle(task, result)
-            self._background.wake()
-            self._standbys.refill()
+            try:
+                self._settle(task, result)
+                self._background.wake()
+                self._standbys.refill()
+            except Exception as error:  # noqa: BLE001 - counted; a slot that ended here would never come back
+                self.recorder.swallowed(error)
 
     def _settle(self, task: _Task, result: JobResult) -> None:
         with self._lock:

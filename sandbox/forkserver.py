@@ -194,7 +194,6 @@ class Forkserver:
             "limits": limits.model_dump_json(),
             "gpu": gpu,
             "standby": standby,
-            "cgroup": confinement.cgroup != "off" and not standby,
         }
         answer = self._ask(request, fds, self._policy.forkserver.fork_timeout_seconds)
         if answer.get("event") != "forked" or answer.get("job_id") != job_id:

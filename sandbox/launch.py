@@ -104,6 +104,8 @@ class Launched:
             see_dead(self, leaves=False)
             text, gone = f"pid {self.process.pid}, the keeper of {self.name}", not self.process.alive()
             self.forkserver.tell(Leak(kind="orphan", object=text, owner="forkserver", reclaimed=gone))
+        if self.confinement.cgroup != "off":  # its keeper removes it, unless it was killed or has failed
+            cgroups.sweep(cgroups.group_name(self.folder), self.confinement.cgroup_parent)
         for text in scratch.remove(self.folder):
             self.forkserver.tell(Leak(kind="temp_file", object=text[:300], owner="child", reclaimed=False))
 
@@ -148,7 +150,8 @@ def launch(
         ends = (worker_end.fileno(), stderr_end, keeper_end.fileno())
         made = ledger.links((worker.fileno(), keeper.fileno(), stderr, *ends))
         # The template makes it before it forks, and may die in between.
-        failed.callback(cgroups.sweep, cgroups.group_name(folder), confinement.cgroup_parent)
+        if confinement.cgroup != "off":
+            failed.callback(cgroups.sweep, cgroups.group_name(folder), confinement.cgroup_parent)
         template = forkserver.pid
         process = forkserver.fork(name, folder, confinement, limits, ends, standby=standby, gpu=gpu)
         failed.pop_all()
@@ -218,4 +221,5 @@ def see_dead(child: Launched, leaves: bool = True) -> None:
     if worker is not None and worker.start_ticks == child.start_ticks:
         kill_tree(worker.pid, include_root=True)
     child.forkserver.sweep()
-    cgroups.sweep(cgroups.group_name(child.folder), child.confinement.cgroup_parent)
+    if child.confinement.cgroup != "off":
+        cgroups.sweep(cgroups.group_name(child.folder), child.confinement.cgroup_parent)

@@ -108,11 +108,11 @@ class ForkserverSettings(_Model):
     """Time for import and warm-up, in seconds. When hit: killed; the job ends as `sandbox_error`."""
     fork_timeout_seconds: Seconds = 10.0
     """Time for one fork, in seconds. When hit: the forkserver is killed and restarted, the job retried."""
-    standby: Annotated[int, Field(ge=0, le=64)] = 1
-    """Children that are forked and confined ahead, each for one job, a count; a job then costs 6 ms instead of
-    50. A job whose limits, confinement or environment differ from the policy's, or that may use a GPU, gets a
-    fresh child. They sleep, at about 60 MB of private memory each; a used one is replaced when no job needs the cores.
-    0 means none."""
+    standby: Annotated[int, Field(ge=0, le=64)] = 2
+    """Children that are forked and confined ahead, each for one job, a count; a job then costs 6 ms instead of 40. Two,
+    since a training step has a forward and a backward graph. A job whose limits, confinement or environment differ from
+    the policy's, or that may use a GPU, gets a fresh child. They sleep, at about 60 MB of private memory each; a used
+    one is replaced when no job needs the cores. 0 means none."""
     preload: tuple[str, ...] = ()
     """Modules to import in the forkserver besides torch: those that register custom ops or lowerings."""
 
@@ -235,12 +235,14 @@ class Policy(_Model):
         """Those of ``variables`` that `environment` lets through, without those that each child has its own of."""
         exact = {name for name in self.environment if not name.endswith("*")}
         prefixes = tuple(name[:-1] for name in self.environment if name.endswith("*"))
-        return {
-            name: value
-            for name, value in variables.items()
+        names = [
+            name
+            for name in list(variables)
             if name not in OWN_VARIABLES
             and (name in exact or (name.startswith(prefixes) and not _NOT_BY_PATTERN.search(name)))
-        }
+        ]
+        # One by one: another thread may take a variable away meanwhile.
+        return {name: value for name in names if (value := variables.get(name)) is not None}
 
     @model_validator(mode="after")
     def _no_silent_weakening(self) -> Policy:

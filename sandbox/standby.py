@@ -25,12 +25,15 @@ from sandbox.jobs import Environment
 from sandbox.keeper import BEGIN
 from sandbox.launch import Launched, launch
 from sandbox.policy import Policy
+from sandbox.processes import read_stat
 from sandbox.wire import recv_frame, send_frame
 
 #: Seconds that a new one may take to be ready.
 READY_SECONDS = 30.0
 #: Seconds that a job waits for one that is being made, at most.
 MAKING_SECONDS = 0.25
+#: Bytes that a job must have been granted to get one: several times what the rehearsal has left in it.
+LEAST_BYTES = 256 << 20
 
 
 class Standbys:
@@ -58,7 +61,7 @@ class Standbys:
         self._jobs = jobs
         self._lock = threading.Condition()
         self._ready: list[tuple[Launched, Environment]] = []
-        self._making: Launched | None = None
+        self._making: tuple[Launched, Environment] | None = None
         self._filling = False
         self._closed = False
         forkserver.on_ready = self.refill
@@ -112,7 +115,7 @@ class Standbys:
             children = [child for child, _ in self._ready]
             self._ready.clear()
             if self._making is not None:
-                self._making.dismiss()
+                self._making[0].dismiss()
         for child in children:  # at once, not one after the other
             child.dismiss()
         for child in children:
@@ -128,6 +131,7 @@ class Standbys:
             spec.gpu
             or spec.nice
             or spec.limits.memory_bytes > policy.limits.memory_bytes
+            or spec.limits.memory_bytes < min(LEAST_BYTES, policy.limits.memory_bytes)
             or (same, spec.confinement) != (policy.limits, policy.confinement)
         ):
             return None
@@ -139,7 +143,7 @@ class Standbys:
                         del self._ready[number]
                         return child
                 left = deadline - time.monotonic()
-                if self._making is None or left <= 0:
+                if self._making is None or self._making[1] != spec.environment or left <= 0:
                     return None
                 self._lock.wait(left)
 
@@ -181,7 +185,7 @@ class Standbys:
         child = launch(self._forkserver, name, confinement, limits, standby=True)
         try:
             with self._lock:
-                self._making = child
+                self._making = child, environment
                 if self._closed:
                     child.dismiss()
             send_frame(
@@ -213,7 +217,10 @@ class Standbys:
 
 
 def _idle(child: Launched) -> bool:
-    """Whether it lives and has said nothing: its end closes its channels."""
+    """Whether it lives, is not stopped, and has said nothing: its end closes its channels."""
+    worker = read_stat(child.pid) if child.pid is not None else None
+    if worker is None or worker.start_ticks != child.start_ticks or worker.state in "Tt":
+        return False
     poll = select.poll()
     for channel in (child.worker, child.keeper):
         poll.register(channel, select.POLLIN)

@@ -112,13 +112,14 @@ def _serve(control: socket.socket, root: Path, cgroup_parent: str) -> None:
         if request["op"] == "leave":
             os._exit(0)
         if request["op"] == "fork":
-            _send(control, {**_fork(request, fds, keepers), "strays": strays, "leaks": grown})
+            answer = _fork(request, fds, keepers)
+            for fd in fds:
+                os.close(fd)  # theirs: whoever waits for their end must not wait for us
+            _send(control, {**answer, "strays": strays, "leaks": grown})
             if thread_count() != 1:
                 os._exit(1)  # it would refuse for ever: a new one can fork, and the keepers go on without us
-            if request["cgroup"]:
+            if answer.get("cgroup") and not request["standby"]:
                 cgroups.stir()
-        for fd in fds:
-            os.close(fd)
         # After the answer to a fork, so that no job waits for it: what has grown is told with the next answer.
         grown = _grown(before)
         if request["op"] == "inspect":
@@ -179,6 +180,16 @@ def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]
     # Here, and not in the keeper: it would wait for the lock that our own move into a cgroup holds, see `cgroups.stir`.
     folder = Path(request["scratch"])
     state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
+    order = keeper.Order(
+        job_id=request["job_id"],
+        folder=folder,
+        standby=request["standby"],
+        gpu=request["gpu"],
+        confinement=confinement,
+        limits=limits,
+        state=state,
+        group=group,
+    )
     try:
         pid = libc.fork()
     except OSError as error:
@@ -187,23 +198,19 @@ def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]
             group.remove()
         return {"event": "refused", "job_id": request["job_id"], "reason": f"fork failed: {error}"}
     if pid == 0:
-        order = keeper.Order(
-            job_id=request["job_id"],
-            folder=folder,
-            standby=request["standby"],
-            gpu=request["gpu"],
-            confinement=confinement,
-            limits=limits,
-            state=state,
-            group=group,
-        )
         keeper.main(order, fds)  # never returns
     if group is not None:
         group.close()
     stat = read_stat(pid)
     start_ticks = stat.start_ticks if stat is not None else 0  # None: it has ended already
     keepers.add((pid, start_ticks))
-    return {"event": "forked", "job_id": request["job_id"], "pid": pid, "start_ticks": start_ticks}
+    return {
+        "event": "forked",
+        "job_id": request["job_id"],
+        "pid": pid,
+        "start_ticks": start_ticks,
+        "cgroup": group is not None,
+    }
 
 
 def thread_count() -> int:

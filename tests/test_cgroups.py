@@ -394,3 +394,15 @@ def test_a_host_of_both_versions_uses_each_for_what_it_has(
         Place(f"{v1}/pids", frozenset({"pids"}), "v1"),
     )
     assert find(f"{v1}/pids") == (Place(f"{v1}/pids", frozenset({"pids"}), "v1"),)
+
+
+def test_who_only_looks_switches_nothing_on(host: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    top = host("/")
+    cgroup(top, enabled="memory")
+    written: list[str] = []
+    monkeypatch.setattr(cgroups, "_write", lambda _path, text: written.append(text))
+    assert cgroups.left("sandbox-*") == []
+    cgroup(top, enabled="memory pids")
+    (top / "sandbox-one").mkdir()
+    assert cgroups.left("sandbox-*") == [str(top / "sandbox-one")]
+    assert written == []

@@ -108,6 +108,26 @@ def test_a_lower_limit_of_the_host_is_partial_and_told() -> None:
     assert limits == [64, 64]
 
 
+def test_memory_that_is_lowered_later_is_what_a_fresh_child_would_have() -> None:
+    ends = run_script(
+        """
+        def job():
+            ceiling = rlimits.data_bytes() + (6 << 30)
+            resource.setrlimit(resource.RLIMIT_DATA, (ceiling, ceiling))
+            confine_worker(Confinement(), Limits(memory_bytes=8 << 30))
+            found = []
+            for granted in (4 << 30, 1 << 30, 2 << 30):  # it is never raised
+                rlimits.lower_memory(granted)
+                soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+                found.append([(soft - rlimits.data_bytes()) >> 20, soft == hard])
+            return found
+        print(json.dumps(in_child(job)[0]))
+        """
+    )
+    assert [equal for _, equal in ends] == [True] * 3
+    assert abs(ends[0][0] - 4096) < 64 and abs(ends[1][0] - 1024) < 64 and ends[2][0] <= 1024 + 64
+
+
 def test_rlimits_that_all_fail_are_unavailable() -> None:
     result = run_script(
         """

@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -240,3 +240,14 @@ def test_a_pattern_lets_no_secret_and_no_remote_cache_through() -> None:
     assert Policy().allowed({**secret, **plain}) == plain
     named = Policy(environment=("TORCHINDUCTOR_REDIS_URL",))
     assert set(named.allowed({**secret, **plain})) == {"TORCHINDUCTOR_REDIS_URL"}
+
+
+def test_a_variable_that_another_thread_takes_away_meanwhile() -> None:
+    class Vanishing(dict[str, str]):
+        def get(self, name: str, default: object = None) -> str | None:  # type: ignore[override]
+            return None if name == "LANG" else super().get(name)
+
+        def items(self) -> NoReturn:
+            raise KeyError("as os.environ does")
+
+    assert Policy().allowed(Vanishing(LANG="C", PATH="/bin")) == {"PATH": "/bin"}

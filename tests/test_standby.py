@@ -20,9 +20,11 @@ from conftest import eventually, family, held, light_policy
 
 import sandbox
 from sandbox import faults, monitor
+from sandbox.enforce import cgroups
 from sandbox.launch import Launched
 from sandbox.limits import MIB, Confinement, Limits
 from sandbox.policy import ForkserverSettings
+from sandbox.processes import read_stat
 from sandbox.results import JobResult, Status
 
 SETTINGS = ForkserverSettings(import_torch=False, preload=("faultpoints",), standby=1)
@@ -211,6 +213,44 @@ def test_one_that_has_died_costs_its_job_nothing(box: sandbox.Sandbox, who: str,
     waiting(box)
     assert eventually(lambda: counts(box) == before, 5.0), (counts(box), before)
     assert eventually(lambda: not child.folder.exists())
+    assert not cgroups.left(cgroups.group_name(child.folder))
+
+
+def test_one_that_is_stopped_is_not_used(box: sandbox.Sandbox) -> None:
+    child = waiting(box)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    assert eventually(lambda: (stat := read_stat(child.pid or 0)) is not None and stat.state == "T")
+    assert run(box, abs, -3).value == 3
+    assert eventually(lambda: not child.folder.exists())
+
+
+def test_one_that_does_not_begin_costs_its_job_only_time(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = waiting(box)
+    monkeypatch.setattr(monitor, "BEGIN_SECONDS", 0.3)
+    real = type(box._standbys).take
+
+    def take(self: object, spec: object) -> object:
+        found = real(self, spec)  # type: ignore[arg-type]
+        if found is child:
+            os.kill(child.pid or 0, signal.SIGSTOP)
+        return found
+
+    monkeypatch.setattr(type(box._standbys), "take", take)
+    ends = run(box, abs, -3)
+    assert (ends.status, ends.value) == (Status.OK, 3)
+    assert box.stats().swallowed == {"ForkserverError": 1}
+    assert eventually(lambda: not child.folder.exists())
+
+
+def test_a_slot_outlives_whatever_a_refill_raises(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refill(self: object) -> None:
+        raise KeyError("a variable went away")
+
+    monkeypatch.setattr(type(box._standbys), "refill", refill)
+    for number in range(2 * box.slots):
+        assert run(box, abs, -number).value == number
+    assert eventually(lambda: box.stats().swallowed == {"KeyError": 2 * box.slots})
 
 
 @pytest.mark.parametrize("who", ["worker", "keeper"])

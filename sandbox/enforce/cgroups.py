@@ -103,9 +103,11 @@ class Group:
 
     def join(self) -> None:
         """Move this process into it, for good. Raises OSError."""
-        for fd in self.joins:
-            os.write(fd, b"0")
-        self.close()
+        try:
+            for fd in self.joins:
+                os.write(fd, b"0")
+        finally:
+            self.close()
 
     def lower_memory(self, limit_bytes: int) -> None:
         """Lower the limit on memory; a job may be granted less than its policy says. Raises OSError."""
@@ -182,7 +184,8 @@ def find(parent: str = "", wanted: tuple[str, ...] = NEEDED) -> tuple[Place, ...
 
     Args:
         parent: a folder of cgroup v2 or v1 that the policy names.
-        wanted: the controllers that are switched on there for v2; others that are on already are used as well.
+        wanted: the controllers that are switched on there for v2; others that are on already are used as well. Empty:
+            none, for who only looks.
 
     Raises:
         NotDelegated: nowhere.
@@ -220,7 +223,7 @@ def left(names: str, parent: str = "") -> list[str]:
     """The folders of cgroups of ours. ``names``: a glob pattern, what :func:`group_name` or :func:`group_names` says.
     ``parent``: the policy's `cgroup_parent`."""
     try:
-        places = find(parent)
+        places = find(parent, ())
     except (NotDelegated, OSError):
         return []  # then none was made
     return [str(folder) for place in places for folder in Path(place.folder).glob(names)]
@@ -332,7 +335,10 @@ def _usable(folder: str, wanted: tuple[str, ...]) -> Place:
                 if error.errno == errno.EBUSY:
                     raise NotDelegated(f"{folder} holds processes, so its children cannot be limited") from None
                 raise NotDelegated(f"{control}: {reason(error)}") from None
-    return Place(folder, frozenset(_read(control).split()) & frozenset(_WANTED), _V2)
+    on = frozenset(_read(control).split())
+    if not wanted and not on.issuperset(NEEDED):  # so none of ours is in it
+        raise NotDelegated(f"{folder} passes on no controller {' and '.join(sorted(set(NEEDED) - on))}")
+    return Place(folder, on & frozenset(_WANTED), _V2)
 
 
 def _settings(place: Place, limits: Limits) -> Iterator[tuple[str, str]]:
@@ -369,7 +375,7 @@ def _kill_all(folder: str) -> None:
         if not pids:
             return
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # another user's: not ours to kill
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
 

@@ -51,12 +51,13 @@ def apply(demand: Demand, limits: Limits) -> Mechanism:
     return Mechanism(state=State.ENFORCED)
 
 
-def lower_memory(by_bytes: int) -> None:
-    """Lower the limit on memory that :func:`apply` has set; a job may be granted less than its policy says."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if by_bytes and soft != resource.RLIM_INFINITY:
-        lower = max(0, soft - by_bytes)
-        resource.setrlimit(resource.RLIMIT_DATA, (lower, lower))
+def lower_memory(limit_bytes: int) -> None:
+    """Lower the limit on memory that :func:`apply` has set, if it has, to so much from now on: a job may be granted
+    less than its policy says."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    lower = data_bytes() + limit_bytes
+    if soft != resource.RLIM_INFINITY and lower < soft:
+        resource.setrlimit(resource.RLIMIT_DATA, (lower, min(lower, hard)))
 
 
 def _wanted(limits: Limits) -> list[_Wanted]:

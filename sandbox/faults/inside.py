@@ -6,7 +6,6 @@ anything; it replaces the functions at the points by name. Which fault a job has
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sandbox import child, keeper, template
+from sandbox.enforce import libc
 from sandbox.faults.kinds import DELAY_SECONDS, KINDS, Shot, mutate
 from sandbox.wire import Exited, KeeperReady, Reply, Started, encode_frame
 
@@ -90,7 +90,7 @@ def _send_frame(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fork(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """A fork request: the template has its faults around `os.fork`, keeper and worker inherit theirs."""
+    """A fork request: the template has its faults around its fork, keeper and worker inherit theirs."""
 
     def replacement(request: dict[str, Any], *args: Any) -> dict[str, Any]:
         global _ahead
@@ -98,16 +98,16 @@ def _fork(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, An
         _ahead = Shot(**fault) if fault else None
         _reach("forkserver.before_fork")
         if _ahead is not None and _ahead.point == "forkserver.during_fork":
-            real = os.fork
+            real = libc.fork
 
             def fork() -> int:
                 pid = real()
-                os.fork = real
+                libc.fork = real
                 if pid:
                     _reach("forkserver.during_fork")
                 return pid
 
-            os.fork = fork
+            libc.fork = fork
         answer = function(request, *args)
         if _ahead is not None and not _ahead.point.startswith("forkserver."):
             _ahead = None  # theirs

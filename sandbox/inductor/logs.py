@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -200,7 +201,7 @@ def _told(data: Any, job_id: str) -> _Told:
         else:
             record.name = logger.name  # formatters ask for the logger by it, which makes one
             told.records.append((logger, record))
-    sources = _sources() if data["warnings"] else frozenset()
+    sources = _sources(len(sys.modules)) if data["warnings"] else frozenset()
     for entry in data["warnings"]:
         text, filename = _field(entry, "text", str), _field(entry, "filename", str)
         if len(text) > MAX_WARNING:
@@ -253,8 +254,9 @@ def _nearest(name: str, known: dict[str, logging.Logger]) -> logging.Logger | No
     return None
 
 
-def _sources() -> frozenset[str]:
-    """The source files of the modules that this process has loaded."""
+@functools.lru_cache(maxsize=1)
+def _sources(_count: int) -> frozenset[str]:
+    """The source files of the modules that this process has loaded, so many."""
     files = (getattr(module, "__dict__", {}).get("__file__") for module in list(sys.modules.values()))
     return frozenset(file for file in files if isinstance(file, str) and file.endswith(".py"))
 
