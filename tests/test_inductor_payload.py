@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -485,3 +486,20 @@ def test_what_a_backward_graph_may_write_into_tells_it_from_another() -> None:
         with compat.tracing(context):
             told.append(payload.taken_for_granted([]))
     assert told[0] != told[1] == told[2]
+
+
+def test_an_op_that_pytorch_defines_when_it_is_first_used() -> None:
+    """A child has not used it yet; the service has."""
+    pytest.importorskip("torch.nn.modules.linear_cross_entropy", reason="since PyTorch 2.12")
+    program = """
+        import sys, torch
+        from sandbox.inductor import pickling
+        module = "torch.nn.modules.linear_cross_entropy"
+        assert module not in sys.modules
+        name = "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction"
+        print(pickling._make_op("overload", name, "", module))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.strip() == "torch_nn._linear_cross_entropy_batch_chunked_no_reduction.default", done.stderr

@@ -309,6 +309,8 @@ def _op_name(op: Any) -> tuple[str, str, str, str]:
 
 def _make_op(kind: str, name: str, extra: str, definer: str) -> Any:
     try:
+        if definer.startswith("torch."):  # part of PyTorch, and imported when it is first used
+            importlib.import_module(definer)
         if kind == "higher_order":
             importlib.import_module(extra)
             return compat.higher_order_ops[name]
