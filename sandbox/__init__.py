@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sandbox.callables import job as callable_job
     from sandbox.errors import CompileFailed, PolicyError, SandboxError
     from sandbox.executor import Sandbox
+    from sandbox.inductor.graph import job as graph_job
     from sandbox.inductor.install import install, stats, uninstall, wait
     from sandbox.limits import Confinement, Limits
     from sandbox.policy import Policy
@@ -37,6 +38,7 @@ _WHERE = {
     "JobResult": "sandbox.results:JobResult",
     "Status": "sandbox.results:Status",
     "callable_job": "sandbox.callables:job",
+    "graph_job": "sandbox.inductor.graph:job",
     "triton_job": "sandbox.triton.kernel:job",
     "SandboxError": "sandbox.errors:SandboxError",
     "PolicyError": "sandbox.errors:PolicyError",
@@ -56,6 +58,7 @@ __all__ = [
     "Status",
     "__version__",
     "callable_job",
+    "graph_job",
     "install",
     "stats",
     "triton_job",

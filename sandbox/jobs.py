@@ -12,10 +12,11 @@ import uuid
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from sandbox.errors import JobError
 from sandbox.explain import explain
+from sandbox.gpus import Gpus
 from sandbox.limits import Confinement, Limits
 
 SCHEMA_VERSION: Final = 1
@@ -99,6 +100,17 @@ class FxGraphSpec(_JobBase):
 
     config_overrides: dict[str, Scalar] = Field(default_factory=dict)
     """Inductor settings that replace the caller's, by dotted name; the ladder's step `reduced` uses it."""
+
+    gpus: Gpus | None = None
+    """What the child, which has no GPU then, answers where the compile asks for some."""
+
+    @model_validator(mode="after")
+    def _gpus_of_the_target(self) -> FxGraphSpec:
+        if self.gpus is not None and self.gpu:
+            raise ValueError("a child that may use the GPU itself is given no snapshot of one")
+        if self.gpus is not None and self.gpus.target != self.target:
+            raise ValueError(f"the target is {self.target!r}, and the snapshot's current GPU is {self.gpus.target!r}")
+        return self
 
 
 class TritonKernelSpec(_JobBase):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Every module, in layers. A module imports only from lines above its own; nobody imports from its own line.
 LAYERS = """
-    background errors explain limits memory processes results scratch enforce.libc enforce.paths
+    background errors explain limits memory processes results gpus scratch enforce.libc enforce.paths
 
     enforce.cgroups
     jobs                          # what is to be done
@@ -62,6 +62,7 @@ LAYERS = """
     inductor.pickling
     inductor.sidetable inductor.aoti
     inductor.payload inductor.reply
+    inductor.snapshot inductor.graph
     inductor.later                # compiles that nobody waits for
     inductor.compile              # the child's side
     inductor.samples              # the template's warm-up
@@ -123,6 +124,7 @@ PUBLIC = [
     "Status",
     "__version__",
     "callable_job",
+    "graph_job",
     "install",
     "stats",
     "triton_job",

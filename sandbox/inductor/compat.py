@@ -6,7 +6,9 @@ importing this module imports no torch. :func:`check` looks all of them up and s
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,6 +125,11 @@ NAMES: Final[Mapping[str, Private]] = {
     "FxGraphCache": Private("torch._inductor.codecache:FxGraphCache"),
     # Which ptxas: its version is part of the name of every kernel in Triton's cache, and asked for once.
     "set_ptxas_path": Private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path"),
+    # A child without a GPU answers for one.
+    "CudaInterface": Private("torch._dynamo.device_interface:CudaInterface"),
+    "fake_tensor": Private("torch._subclasses.fake_tensor"),
+    "triton_helpers": Private("torch._inductor.runtime.triton_helpers"),
+    "CachingAutotuner": Private("torch._inductor.runtime.triton_heuristics:CachingAutotuner"),
     "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
     "structured_trace": Private("torch._logging._internal:trace_log"),
 }
@@ -144,6 +151,11 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.codecache:FxGraphCache._get_tmp_dir_for_key",
     "torch._inductor.codecache:CacheBase.get_system",
     "torch._dynamo.device_interface:_device_initialized",
+    "torch._dynamo.device_interface:caching_worker_device_properties",
+    "torch._dynamo.device_interface:caching_worker_current_devices",
+    "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init",
+    "torch._subclasses.fake_tensor:init_gpu_context",
+    "torch._inductor.runtime.triton_helpers:set_driver_to_gpu",
     "torch.cuda:_cached_device_count",
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
     "torch._inductor.output_code:CompiledFxGraph.prepare_for_serialization",
@@ -252,6 +264,8 @@ def forget_device_count() -> None:
     for module, name, value in (
         ("torch.cuda", "_cached_device_count", None),
         ("torch._dynamo.device_interface", "_device_initialized", False),
+        ("torch._dynamo.device_interface", "caching_worker_device_properties", {}),
+        ("torch._dynamo.device_interface", "caching_worker_current_devices", {}),
     ):
         setattr(importlib.import_module(module), name, value)
 
@@ -264,6 +278,34 @@ def compile_in_process(
     if hasattr(scheme, "compile_region_name"):
         scheme.compile_region_name = region
     return scheme.codegen_and_compile(gm, example_inputs, inputs_to_check, graph_kwargs)
+
+
+@contextmanager
+def raw_stream() -> Iterator[None]:
+    """Generated code for a GPU imports `torch._C._cuda_getCurrentRawStream`, which a PyTorch for the CPU lacks."""
+    import torch
+
+    name = "_cuda_getCurrentRawStream"
+    lacking = not hasattr(torch._C, name)
+    if lacking:
+        setattr(torch._C, name, lambda device: 0)
+    try:
+        yield
+    finally:
+        if lacking:
+            delattr(torch._C, name)
+
+
+def lend_device_guard() -> None:
+    """In a PyTorch for the CPU: give tensors on `cuda` the guard of those on the CPU, which does nothing. Without any,
+    some of Python's operators raise for FakeTensors on `cuda`. (PyTorch's own `_ensureCUDADeviceGuardSet` replaces one
+    that is there.) For good, in this process."""
+    import torch
+
+    library = ctypes.CDLL(os.path.join(torch.__path__[0], "lib", "libc10.so"))
+    guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")  # 2.11, 2.13
+    if guards[1] is None:
+        guards[1] = guards[0]
 
 
 def makes_packages() -> bool:

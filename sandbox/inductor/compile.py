@@ -44,6 +44,8 @@ def run(
         UnserializableError: when the graph cannot be rebuilt here or its result cannot be sent.
         BaseException: whatever the compiler raises.
     """
+    # What the template remembers of it went with its environment.
+    getattr(compat.set_ptxas_path, "cache_clear", lambda: None)()
     compat.set_ptxas_path()  # before Triton is asked for its version: else the parent looks for other names
     request = payload.decode(data)
     with contextlib.ExitStack() as stack:

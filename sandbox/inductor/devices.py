@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from sandbox.gpus import Gpu, Gpus
 from sandbox.inductor import compat
 
 #: Modules whose `functools` caches hold facts about GPUs (2.11, 2.13).
@@ -23,6 +24,9 @@ _MODULES: Final = (
     "torch.cuda",
     "torch._dynamo.debug_utils",
     "torch._inductor.utils",
+    "torch._inductor.comm_analysis",
+    "torch._inductor.codegen.cuda.cuda_env",
+    "torch._inductor.kernel.mm",
     "torch._inductor.runtime.hints",
     "torch._inductor.runtime.benchmarking",
     "torch._inductor.runtime.runtime_utils",
@@ -36,6 +40,32 @@ def present() -> bool:
     return torch.version.cuda is not None and bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
+def here() -> Gpus:
+    """The GPUs that this process sees, for jobs that have none. Initialises CUDA.
+
+    Raises:
+        RuntimeError: there are none, or CUDA does not start.
+        pydantic.ValidationError: the driver tells of one that cannot be.
+    """
+    count = torch.cuda.device_count()
+    if not count:
+        raise RuntimeError("there is no GPU here that this PyTorch can use")
+    devices = []
+    for number in range(count):
+        properties = torch.cuda.get_device_properties(number)
+        # What this PyTorch does not tell of has a default, or is asked for.
+        devices.append(
+            Gpu(**{name: getattr(properties, name) for name in Gpu.model_fields if hasattr(properties, name)})
+        )
+    pairs = ((one, other) for one in range(count) for other in range(count) if one != other)
+    return Gpus(
+        devices=tuple(devices),
+        current=torch.cuda.current_device(),
+        cuda=torch.version.cuda or "",
+        peers=tuple(pair for pair in pairs if torch.cuda.can_device_access_peer(*pair)),
+    )
+
+
 def show() -> None:
     """In a child, before anything of the job: forget what was found while the GPUs were hidden.
 
@@ -44,6 +74,11 @@ def show() -> None:
     """
     if compat.in_bad_fork():
         raise RuntimeError("CUDA was initialised in the forkserver: a module in forkserver.preload must have done it")
+    forget()
+
+
+def forget() -> None:
+    """Forget what PyTorch, Inductor and Triton remember of the GPUs that they have seen or missed."""
     for name in _MODULES:
         module = sys.modules.get(name)
         for value in list(vars(module).values()) if module is not None else ():

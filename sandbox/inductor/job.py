@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from sandbox.inductor import compat, devices
+from sandbox.inductor import compat, devices, snapshot
 from sandbox.inductor import compile as child_side
 from sandbox.jobs import FxGraphSpec
 
@@ -19,4 +19,11 @@ def prepare(spec: FxGraphSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
     # Beside Inductor's cache folder, among the files that are handed back.
     artifacts = os.path.dirname(compat.runtime_cache_dir())
     debug, aoti = os.path.join(artifacts, "debug"), os.path.join(artifacts, "aoti")
-    return lambda: child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)
+
+    def work() -> dict[str, Any]:
+        if spec.gpus is None:
+            return child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)
+        with snapshot.answering(spec.gpus):
+            return child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)
+
+    return work

@@ -1,0 +1,194 @@
+"""In a child that has no GPU: what PyTorch, Inductor and Triton ask CUDA is answered from a snapshot.
+
+Nothing is initialised and nothing can be launched. A question that the snapshot does not answer ends the job and is
+named, also where Inductor would catch the error and go on with a guess. The names that are replaced stand in
+:mod:`sandbox.inductor.compat`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+
+from sandbox.errors import UnserializableError
+from sandbox.gpus import Gpu, Gpus
+from sandbox.inductor import compat, devices
+
+#: Parts of `torch.cuda` that a compile may ask for and that need a GPU.
+_REFUSED: Final = ("_lazy_init", "init", "current_stream", "synchronize", "memory_allocated", "mem_get_info", "Event")
+
+
+class _Cuda:
+    """The answers of one job."""
+
+    def __init__(self, gpus: Gpus) -> None:
+        self._gpus = gpus
+        self._current = gpus.current
+        self.refused: list[UnserializableError] = []
+
+    def index(self, device: Any = None) -> int:
+        """Of a device as `torch.cuda` takes it.
+
+        Raises:
+            UnserializableError: there is none of that number.
+        """
+        number = device if device is None or isinstance(device, int) else torch.device(device).index
+        number = self._current if number is None else int(number)
+        if not 0 <= number < len(self._gpus.devices):
+            raise self.refusal(f"GPU {number}; the snapshot has {len(self._gpus.devices)}")
+        return number
+
+    def gpu(self, device: Any = None) -> Gpu:
+        """What the snapshot says of a device; default: the current one."""
+        return self._gpus.devices[self.index(device)]
+
+    def properties(self, device: Any = None) -> Any:
+        """As `torch.cuda.get_device_properties`."""
+        gpu = self.gpu(device)
+        return SimpleNamespace(**gpu.model_dump(), gcnArchName=gpu.name, is_multi_gpu_board=0)
+
+    def exchange(self, device: Any) -> int:
+        """Make a device the current one, unless its number is negative. Returns the one before."""
+        before = self._current
+        if not isinstance(device, int) or device >= 0:
+            self._current = self.index(device)
+        return before
+
+    def refusal(self, what: str) -> UnserializableError:
+        """The error for a question that only a GPU can answer. It is kept: whoever asks may catch it."""
+        error = UnserializableError("needs_gpu", f"the compile asks for {what}, which only a GPU can answer")
+        self.refused.append(error)
+        return error
+
+    def refuse(self, what: str) -> Callable[..., Any]:
+        """A function that does."""
+
+        def ask(*_: Any, **__: Any) -> Any:
+            raise self.refusal(what)
+
+        return ask
+
+    def answers(self) -> dict[str, Any]:
+        """Functions of `torch.cuda` by name."""
+        return {
+            "is_available": lambda: True,
+            "is_initialized": lambda: False,
+            "device_count": lambda: len(self._gpus.devices),
+            "current_device": self.index,
+            "get_device_properties": self.properties,
+            "get_device_capability": lambda device=None: self.gpu(device).capability,
+            "get_device_name": lambda device=None: self.gpu(device).name,
+            "can_device_access_peer": lambda one, other: (self.index(one), self.index(other)) in self._gpus.peers,
+            # Inductor puts the state of the random numbers back after a compile, which draws none on a GPU.
+            "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
+            "set_rng_state": lambda state, device="cuda": None,
+            "set_device": self.exchange,
+            "_exchange_device": self.exchange,
+            "_maybe_exchange_device": self.exchange,
+            **{name: self.refuse(f"torch.cuda.{name}") for name in _REFUSED},
+        }
+
+
+class _Driver:
+    """Triton's driver: says what is compiled for, and loads nothing."""
+
+    def __init__(self, cuda: _Cuda) -> None:
+        self._cuda = cuda
+        self.utils = SimpleNamespace(get_device_properties=self._properties)
+
+    def _properties(self, device: int) -> dict[str, int]:
+        gpu = self._cuda.gpu(device)
+        return {
+            "max_shared_mem": gpu.shared_memory_per_block_optin,
+            "max_num_regs": gpu.regs_per_multiprocessor,
+            "multiprocessor_count": gpu.multi_processor_count,
+            "warpSize": gpu.warp_size,
+            "sm_clock_rate": gpu.clock_rate,
+            "mem_clock_rate": gpu.memory_clock_rate,
+            "mem_bus_width": gpu.memory_bus_width,
+        }
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        gpu = self._cuda.gpu()
+        return GPUTarget("cuda", gpu.major * 10 + gpu.minor, gpu.warp_size)
+
+    def get_current_device(self) -> int:
+        return self._cuda.index()
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", self._cuda.index())
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._cuda.refusal(f"{name} of Triton's driver")
+
+
+@contextlib.contextmanager
+def answering(gpus: Gpus) -> Iterator[None]:
+    """Inside the block CUDA seems to be there, as the snapshot says; kernels are compiled and not loaded. For a process
+    that ends after it: Triton keeps the driver.
+
+    Raises:
+        UnserializableError: `needs_gpu`: something was asked that only a GPU can answer, whatever came of it.
+    """
+    cuda = _Cuda(gpus)
+    try:
+        with _replaced(cuda, gpus):
+            yield
+    except Exception as error:
+        if cuda.refused:
+            raise cuda.refused[0] from error
+        raise
+    if cuda.refused:
+        raise cuda.refused[0]
+
+
+@contextlib.contextmanager
+def _replaced(cuda: _Cuda, gpus: Gpus) -> Iterator[None]:
+    answers = cuda.answers()
+    with contextlib.ExitStack() as stack:
+
+        def replaced(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(compat.replaced(owner, name, value))
+
+        for name, answer in answers.items():
+            replaced(torch.cuda, name, answer)
+        replaced(torch.version, "cuda", gpus.cuda)
+        stack.enter_context(compat.raw_stream())
+        # It took its functions from torch.cuda when it was imported.
+        interface = compat.CudaInterface
+        for name in ("current_device", "device_count", "get_device_properties", "set_device"):
+            replaced(interface, name, staticmethod(answers[name]))
+        for name in ("exchange_device", "maybe_exchange_device"):
+            replaced(interface, name, staticmethod(answers[f"_{name}"]))
+        replaced(interface, "get_raw_stream", staticmethod(lambda device: 0))
+        replaced(compat.fake_tensor, "init_gpu_context", lambda device: None)
+        # Decided by `is_available`, which says yes here.
+        replaced(compat.FakeTensorMode, "avoid_device_init", property(lambda self: True))
+        driver = _Driver(cuda)
+        from triton.runtime.driver import driver as active
+
+        active.set_active(driver)
+        replaced(compat.triton_helpers, "set_driver_to_gpu", lambda: active.set_active(driver))
+        replaced(compat.CachingAutotuner, "precompile", _only_compiled(compat.CachingAutotuner.precompile))
+        if not torch.backends.cuda.is_built():
+            compat.lend_device_guard()
+        devices.forget()
+        yield
+
+
+def _only_compiled(precompile: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_only(self: Any, warm_cache_only: bool = True, **options: Any) -> Any:
+        return precompile(self, warm_cache_only=True, **options)
+
+    return compile_only

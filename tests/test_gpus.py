@@ -1,0 +1,181 @@
+"""Graphs for a GPU, compiled on a machine that has none: from a snapshot, down to the binaries."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gpu_graphs
+import pytest
+import torch
+from pydantic import ValidationError
+
+import sandbox
+from benchmarks.corpus import models
+from benchmarks.corpus.entry import Entry, Skip
+from sandbox.errors import JobError
+from sandbox.gpus import Gpus, recorded
+from sandbox.results import JobResult, Status
+
+#: Of an ELF file for CUDA (e_machine).
+EM_CUDA = 190
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[sandbox.Sandbox]:
+    with sandbox.Sandbox("default") as one:
+        one.wait_ready()
+        yield one
+
+
+def compiled(box: sandbox.Sandbox, gm: Any, inputs: list[Any], folder: Path, **options: Any) -> JobResult:
+    cache = {kind: folder / kind for kind in ("inductor", "triton")}
+    return box.submit(sandbox.graph_job(gm, inputs, **options), cache=cache).result()
+
+
+def card(capability: int) -> Gpus:
+    """An H100, or what has its figures and another capability."""
+    one = recorded("cuda:90")
+    assert one is not None
+    gpu = one.devices[0].model_copy(update={"major": capability // 10, "minor": capability % 10})
+    return one.model_copy(update={"devices": (gpu,)})
+
+
+def binaries(folder: Path) -> list[Path]:
+    return sorted((folder / "triton").glob("*/*.cubin"))
+
+
+def is_for(path: Path, capability: int) -> bool:
+    """Whether it is CUDA's machine code for that capability, by the ELF header's e_flags: ABI 8 (CUDA 13) has it in the
+    second byte, the older one in the first."""
+    header = path.read_bytes()[:64]
+    machine, flags = struct.unpack_from("<H", header, 18)[0], struct.unpack_from("<I", header, 48)[0]
+    return header[:4] == b"\x7fELF" and machine == EM_CUDA and capability in (flags & 0xFF, flags >> 8 & 0xFF)
+
+
+def normed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm((x @ w).relu(), (64,)).softmax(-1)
+
+
+def graph_of_normed() -> tuple[Any, list[Any]]:
+    ((gm, inputs, role),) = gpu_graphs.captured(
+        lambda compile: compile(normed)(torch.randn(32, 128), torch.randn(128, 64))
+    )
+    assert role == "inference"
+    return gm, inputs
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_a_graph_for_a_card_that_is_not_here(box: sandbox.Sandbox, tmp_path: Path, capability: int) -> None:
+    before = torch.cuda.is_available()
+    result = compiled(box, *graph_of_normed(), tmp_path, target=f"cuda:{capability}", gpus=card(capability))
+    assert result.status is Status.OK, result.detail
+    found = binaries(tmp_path)
+    assert found and all(is_for(path, capability) for path in found)
+    assert {path.name for path in found} <= {Path(artifact.path).name for artifact in result.artifacts}
+    assert result.leaks.leaks == ()
+    assert torch.cuda.is_available() is before, "the snapshot answers in the child only"
+
+
+def told_of(gpus: dict[str, Any]) -> dict[str, Any]:
+    """In a child: what is answered from a snapshot, asked by the function that takes one."""
+    from sandbox.gpus import Gpus
+    from sandbox.inductor import devices, snapshot
+
+    with snapshot.answering(Gpus.model_validate(gpus, strict=False)):
+        return devices.here().model_dump()
+
+
+def test_a_snapshot_is_what_is_answered_from_it(box: sandbox.Sandbox) -> None:
+    one = recorded("cuda:90")
+    assert one is not None
+    for gpus in (one, Gpus(devices=one.devices * 2, current=1, cuda="12.8", peers=((0, 1),))):
+        result = box.submit(sandbox.callable_job(told_of, gpus.model_dump())).result()
+        assert result.status is Status.OK, result.detail
+        assert result.value == gpus.model_dump()
+
+
+def test_what_only_a_gpu_can_answer_is_named(box: sandbox.Sandbox, tmp_path: Path) -> None:
+    with torch._inductor.config.patch(max_autotune_gemm=True, max_autotune_gemm_backends="TRITON"):
+        result = compiled(box, *graph_of_normed(), tmp_path)
+    assert result.status is Status.UNSERIALIZABLE
+    assert "needs_gpu" in result.detail and "only a GPU can answer" in result.detail
+
+
+def swallowed(gpus: dict[str, Any]) -> str:
+    from sandbox.gpus import Gpus
+    from sandbox.inductor import snapshot
+
+    try:
+        with snapshot.answering(Gpus.model_validate(gpus, strict=False)):
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # as Inductor does here and there
+                return "a guess"
+    except Exception as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_question_whose_error_was_swallowed_is_told(box: sandbox.Sandbox) -> None:
+    result = box.submit(sandbox.callable_job(swallowed, card(90).model_dump())).result()
+    assert "needs_gpu: the compile asks for torch.cuda.synchronize" in result.value, result.detail
+
+
+def test_what_is_refused_before_anything_starts() -> None:
+    gm, inputs = graph_of_normed()
+    with pytest.raises(JobError, match="no snapshot of a GPU was recorded for 'cuda:75'"):
+        sandbox.graph_job(gm, inputs, target="cuda:75")
+    with pytest.raises(ValidationError, match="the target is 'cuda:75', and the snapshot's current GPU is 'cuda:90'"):
+        sandbox.graph_job(gm, inputs, target="cuda:75", gpus=recorded("cuda:90"))
+    with pytest.raises(JobError, match="the graph was not traced with FakeTensors"):
+        sandbox.graph_job(torch.fx.symbolic_trace(lambda x: x.sin()), [torch.ones(3)])
+    snapshot = recorded("cuda:90")
+    assert snapshot is not None
+    with pytest.raises(ValidationError, match="current is 1, and there are 1 devices"):
+        Gpus(devices=snapshot.devices, current=1, cuda="13.0")
+    with pytest.raises(ValidationError, match="peers names a device that is none of the 1"):
+        Gpus(devices=snapshot.devices, cuda="13.0", peers=((0, 1),))
+
+
+#: Models of the corpus. (That all of them have more than 1,000 kernels was seen; these take a minute.)
+MODELS = ("llama", "gpt2", "bert", "vit", "mixer", "lennard-jones")
+
+
+def model_entries() -> list[Entry]:
+    wanted = {f"model/{name}/{what}" for name in MODELS for what in ("inference", "training")}
+    return [entry for entry in models.entries() if entry.name in wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_kernels_of_the_models(box: sandbox.Sandbox, tmp_path: Path) -> None:
+    """At least 200 different ones, of inference and training."""
+    futures = []
+    entries = model_entries()
+    assert len(entries) == 2 * len(MODELS)
+    for entry in entries:
+        try:
+            case = entry.make()
+        except Skip as skip:
+            pytest.fail(f"{entry.name}: {skip}: the extra `demo` is not installed")
+
+        def step(compile: Any, case: Any = case, training: bool = entry.training) -> None:
+            for call in case.calls:
+                with torch.set_grad_enabled(training):
+                    found = compile(case.function)(*call.args, **call.kwargs)
+                if training:
+                    sum(one.float().sum() for one in torch.utils._pytree.tree_leaves(found)).backward()
+
+        for gm, inputs, role in gpu_graphs.captured(step, entry.training):
+            cache = {kind: tmp_path / kind for kind in ("inductor", "triton")}
+            job = sandbox.graph_job(gm, inputs, role=role)
+            futures.append((f"{entry.name} {role}", box.submit(job, cache=cache)))
+    for name, future in futures:
+        result = future.result()
+        assert result.status is Status.OK, f"{name}: {result.detail}"
+    found = binaries(tmp_path)
+    assert all(is_for(path, 90) for path in found)
+    assert len({path.read_bytes() for path in found}) >= 200, len(found)
