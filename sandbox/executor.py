@@ -214,6 +214,8 @@ class Sandbox:
         for thread in ending:  # each has answered, and asks for a new standby child after that
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    return False
         return all(
             each.wait(max(0.0, deadline - time.monotonic())) for each in (self._background, self._standbys.background)
         )
@@ -273,11 +275,17 @@ class Sandbox:
             except Exception as error:  # noqa: BLE001 - the caller must get an answer; the error is in it
                 self.recorder.swallowed(error)
                 result = _failed(task.job, Status.SANDBOX_ERROR, f"{type(error).__name__}: {error}")
+            # Counted, whatever they raise: a slot that ended here would never come back.
             try:
                 self._settle(task, result)
+            except Exception as error:  # noqa: BLE001 - the caller must get an answer all the same
+                self.recorder.swallowed(error)
+                with contextlib.suppress(InvalidStateError):
+                    task.future.set_result(result)
+            try:
                 self._background.wake()
                 self._standbys.refill()
-            except Exception as error:  # noqa: BLE001 - counted; a slot that ended here would never come back
+            except Exception as error:  # noqa: BLE001 - the next job asks again
                 self.recorder.swallowed(error)
 
     def _settle(self, task: _Task, result: JobResult) -> None:

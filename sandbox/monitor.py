@@ -63,7 +63,8 @@ DISK_EVERY = 5
 #: debugger), and most likely the job with it: the time does not count as the job's, or its graph would be taken for one
 #: that hangs.
 STALL_SECONDS = 2.0
-#: Seconds that a standby child has to begin with its job: to end its rehearsal and to read the request.
+#: Seconds that a standby child has to begin with its job, to end its rehearsal and to read the request; at most half of
+#: the job's. Then its job gets a fresh child, and all of its time again.
 BEGIN_SECONDS = 30.0
 #: Seconds that a worker has to exit once its reply is complete.
 EXIT_SECONDS = 1.0
@@ -93,7 +94,6 @@ class _Watch:
     kill_deadline: float | None = None
     reply_at: float = 0.0
     keeper_gone: bool = False
-    cancelled: bool = False
     tail: deque[bytes] = field(default_factory=deque)
     tail_bytes: int = 0
     stderr_bytes: int = 0
@@ -209,8 +209,9 @@ def run(
                 left += _recorded(child.folder)
             # The kernel and the disk take their time for it, and no answer has to wait.
             stack.callback(background.add, child.clear_away, MAX_ENDING)
-        if child.standby and not watch.seen.started and not watch.cancelled:
-            why = f": {watch.seen.cause[1]}" if watch.seen.cause is not None else ""
+        cause = watch.seen.cause
+        if child.standby and not watch.seen.started and (cause is None or cause[0] is not Status.CANCELLED):
+            why = f": {cause[1]}" if cause is not None else ""
             raise ForkserverError(f"a standby child ended before its job began{why}")
         result = _result(watch, targets, queued)
     if left:
@@ -241,6 +242,7 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
     replies = FrameReader(limits.reply_bytes)
     reports = FrameReader(NO_PAYLOAD)
     deadline = watch.started + limits.wall_seconds
+    begin = watch.started + min(BEGIN_SECONDS, limits.wall_seconds / 2)
     looked = watch.started
     ticks = 0
     next_sample = watch.started + SAMPLE_SECONDS
@@ -264,7 +266,6 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
                         selector.unregister(watch.child.stderr)
                 else:
                     selector.unregister(wake)
-                    watch.cancelled = True
                     watch.breach(Status.CANCELLED, cancel.reason or "cancelled")
             now = time.monotonic()
             if now - looked > STALL_SECONDS:
@@ -272,8 +273,10 @@ def _watch(watch: _Watch, cancel: Cancel, wake: int) -> None:
             looked = now
             if now >= deadline and watch.seen.reply is None:
                 watch.breach(Status.TIMEOUT, f"still running after limits.wall_seconds = {limits.wall_seconds:g} s")
-            if watch.child.standby and not watch.seen.started and now > watch.started + BEGIN_SECONDS:
-                watch.breach(Status.SANDBOX_ERROR, f"a standby child has not begun within {BEGIN_SECONDS:.0f} s")
+            if watch.child.standby and not watch.seen.started and now > begin:
+                watch.breach(
+                    Status.SANDBOX_ERROR, f"a standby child has not begun within {begin - watch.started:.1f} s"
+                )
             if watch.seen.reply is not None:
                 # The reply is complete; a worker that does not exit loses nothing. Nor does it gain time beyond the
                 # deadline by a reply just before it.

@@ -175,11 +175,14 @@ def _fork(request: dict[str, Any], fds: list[int], keepers: set[tuple[int, int]]
     threads = thread_count()
     if threads != 1:
         return {"event": "refused", "job_id": request["job_id"], "reason": f"{threads} OS threads in the template"}
-    confinement = Confinement.model_validate_json(request["confinement"])
-    limits = Limits.model_validate_json(request["limits"])
-    # Here, and not in the keeper: it would wait for the lock that our own move into a cgroup holds, see `cgroups.stir`.
     folder = Path(request["scratch"])
-    state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
+    try:
+        confinement = Confinement.model_validate_json(request["confinement"])
+        limits = Limits.model_validate_json(request["limits"])
+        # Not by the keeper, which would wait for the lock that our own move into a cgroup holds: see `cgroups.stir`.
+        state, group = cgroups.enter(confinement, limits, cgroups.group_name(folder))
+    except Exception as error:  # noqa: BLE001 - one job's trouble; the others need the template
+        return {"event": "refused", "job_id": request["job_id"], "reason": f"{type(error).__name__}: {error}"[:2000]}
     order = keeper.Order(
         job_id=request["job_id"],
         folder=folder,

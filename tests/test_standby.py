@@ -221,7 +221,9 @@ def test_one_that_is_stopped_is_not_used(box: sandbox.Sandbox) -> None:
     assert child.pid is not None
     os.kill(child.pid, signal.SIGSTOP)
     assert eventually(lambda: (stat := read_stat(child.pid or 0)) is not None and stat.state == "T")
+    started = time.monotonic()
     assert run(box, abs, -3).value == 3
+    assert time.monotonic() - started < monitor.BEGIN_SECONDS / 2, "it was waited for"
     assert eventually(lambda: not child.folder.exists())
 
 

@@ -8,6 +8,7 @@ named, also where Inductor would catch the error and go on with a guess. The nam
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Final
@@ -18,6 +19,8 @@ from sandbox.errors import UnserializableError
 from sandbox.gpus import Gpu, Gpus
 from sandbox.inductor import compat, devices
 
+#: Modules that have taken `_lazy_init` from `torch.cuda` when they were imported.
+_TOOK: Final = ("torch.cuda.memory", "torch.cuda.random")
 #: Parts of `torch.cuda` that a compile may ask for and that need a GPU.
 _REFUSED: Final = ("_lazy_init", "init", "current_stream", "synchronize", "memory_allocated", "mem_get_info", "Event")
 
@@ -49,7 +52,7 @@ class _Cuda:
     def properties(self, device: Any = None) -> Any:
         """As `torch.cuda.get_device_properties`."""
         gpu = self.gpu(device)
-        return SimpleNamespace(**gpu.model_dump(), gcnArchName=gpu.name, is_multi_gpu_board=0)
+        return _Known(self, "GPU's", **gpu.model_dump(), gcnArchName=gpu.name, is_multi_gpu_board=0)
 
     def exchange(self, device: Any) -> int:
         """Make a device the current one, unless its number is negative. Returns the one before."""
@@ -93,12 +96,26 @@ class _Cuda:
         }
 
 
+class _Known(SimpleNamespace):
+    """Has some attributes, and refuses to be asked for others."""
+
+    def __init__(self, cuda: _Cuda, whose: str, **known: Any) -> None:
+        super().__init__(**known)
+        self._cuda = cuda
+        self._whose = whose
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self._cuda.refusal(f"the {self._whose} {name}")
+
+
 class _Driver:
     """Triton's driver: says what is compiled for, and loads nothing."""
 
     def __init__(self, cuda: _Cuda) -> None:
         self._cuda = cuda
-        self.utils = SimpleNamespace(get_device_properties=self._properties)
+        self.utils = _Known(cuda, "utility of Triton's driver", get_device_properties=self._properties)
 
     def _properties(self, device: int) -> dict[str, int]:
         gpu = self._cuda.gpu(device)
@@ -163,6 +180,8 @@ def _replaced(cuda: _Cuda, gpus: Gpus) -> Iterator[None]:
 
         for name, answer in answers.items():
             replaced(torch.cuda, name, answer)
+        for module in _TOOK:
+            replaced(importlib.import_module(module), "_lazy_init", answers["_lazy_init"])
         replaced(torch.version, "cuda", gpus.cuda)
         stack.enter_context(compat.raw_stream())
         # It took its functions from torch.cuda when it was imported.
