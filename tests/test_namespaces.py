@@ -475,7 +475,7 @@ def test_a_first_process_that_fails_is_our_failure_and_ends(patched: Callable[[s
     assert result.status is Status.SANDBOX_ERROR
     assert "a mount went wrong" in result.detail
     assert time.monotonic() - begin < 20
-    assert not descendants(box.forkserver_pid or 0)
+    assert eventually(lambda: not descendants(box.forkserver_pid or 0)), "it lives"
 
 
 def test_a_forged_report_does_not_disturb_the_keeper(light: sandbox.Sandbox) -> None:
