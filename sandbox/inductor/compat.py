@@ -125,11 +125,11 @@ NAMES: Final[Mapping[str, Private]] = {
     "FxGraphCache": Private("torch._inductor.codecache:FxGraphCache"),
     # Which ptxas: its version is part of the name of every kernel in Triton's cache, and asked for once.
     "set_ptxas_path": Private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path"),
-    # A child without a GPU answers for one.
-    "CudaInterface": Private("torch._dynamo.device_interface:CudaInterface"),
-    "fake_tensor": Private("torch._subclasses.fake_tensor"),
-    "triton_helpers": Private("torch._inductor.runtime.triton_helpers"),
-    "CachingAutotuner": Private("torch._inductor.runtime.triton_heuristics:CachingAutotuner"),
+    # A child without a GPU answers for one: looked up there only, not seen in 2.11 yet; without them that job fails.
+    "CudaInterface": Private("torch._dynamo.device_interface:CudaInterface", ("2.13",)),
+    "fake_tensor": Private("torch._subclasses.fake_tensor", ("2.13",)),
+    "triton_helpers": Private("torch._inductor.runtime.triton_helpers", ("2.13",)),
+    "CachingAutotuner": Private("torch._inductor.runtime.triton_heuristics:CachingAutotuner", ("2.13",)),
     "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
     "structured_trace": Private("torch._logging._internal:trace_log"),
 }
@@ -151,11 +151,6 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.codecache:FxGraphCache._get_tmp_dir_for_key",
     "torch._inductor.codecache:CacheBase.get_system",
     "torch._dynamo.device_interface:_device_initialized",
-    "torch._dynamo.device_interface:caching_worker_device_properties",
-    "torch._dynamo.device_interface:caching_worker_current_devices",
-    "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init",
-    "torch._subclasses.fake_tensor:init_gpu_context",
-    "torch._inductor.runtime.triton_helpers:set_driver_to_gpu",
     "torch.cuda:_cached_device_count",
     "torch._inductor.output_code:CompiledFxGraph.after_deserialization",
     "torch._inductor.output_code:CompiledFxGraph.prepare_for_serialization",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,7 @@ def prepare(spec: FxGraphSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
     debug, aoti = os.path.join(artifacts, "debug"), os.path.join(artifacts, "aoti")
 
     def work() -> dict[str, Any]:
-        if spec.gpus is None:
-            return child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)
-        with snapshot.answering(spec.gpus):
+        with contextlib.nullcontext() if spec.gpus is None else snapshot.answering(spec.gpus):
             return child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)
 
     return work
