@@ -33,18 +33,21 @@ from types import ModuleType
 from typing import Any
 
 import escape_tools
-from conftest import light_policy
+from conftest import eventually, light_policy
 
 import sandbox
 from sandbox.enforce import seccomp as seccomp_table
 from sandbox.limits import MIB, Confinement, Demand, Limits
 from sandbox.policy import ForkserverSettings
-from sandbox.processes import descendants
 from sandbox.results import JobResult, Status
 
 PROGRAMS = Path(__file__).parent / "testcases" / "escape"
+#: At which the attacks come from standby children.
+STANDBY_LEVEL = "user"
 #: Jobs at a time, besides the sibling.
 PARALLEL = 4
+#: Seconds in which the service notices what has happened to it. A machine that does other work, too, needs some.
+MOMENT = 3.0
 LIMITS = Limits(
     wall_seconds=10.0, memory_bytes=256 * MIB, processes=40, threads=100, open_files=128, disk_bytes=16 * MIB,
     stderr_bytes=MIB,
@@ -128,14 +131,14 @@ class Decoys:
 
     def signalled(self, offset: int) -> bool:
         """Whether the service got the real-time signal of this number, within a moment."""
-        deadline = time.monotonic() + 0.5
+        deadline = time.monotonic() + MOMENT
         while signal.SIGRTMIN + offset not in self.signals and time.monotonic() < deadline:
             time.sleep(0.01)
         return signal.SIGRTMIN + offset in self.signals
 
     def appears(self, path: str) -> bool:
         """Whether a file appears within a moment."""
-        deadline = time.monotonic() + 0.5
+        deadline = time.monotonic() + MOMENT
         while not os.path.exists(path) and time.monotonic() < deadline:
             time.sleep(0.01)
         return os.path.exists(path)
@@ -341,15 +344,14 @@ def _call_out(port: int, decoys: Decoys) -> None:
 
 
 def _find_sibling(box: sandbox.Sandbox, future: Any) -> tuple[int, Path]:
-    """Its pid as seen from here (the last of the line below the template) and its folder."""
+    """Its pid as seen from here (it is the only job so far) and its folder."""
     box.settle(30.0)  # the keeper of a job before it may not have ended yet
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         folders = [path.parent for path in box._forkserver.root.path.glob("job-*/facts")]
         if folders:
-            line = descendants(box.forkserver_pid or 0)
-            parents = {process.ppid for process in line}
-            return next(process.pid for process in line if process.pid not in parents), folders[0]
+            workers = [each.pid for each in box.processes() if each.role == "worker" and not each.standby]
+            return workers[0], folders[0]
         if future.done():
             raise RuntimeError(f"the sibling ended: {future.result()}")
         time.sleep(0.01)
@@ -375,6 +377,8 @@ def attempt(path: Path, decoys: Decoys, confinement: Confinement) -> dict[str, A
         escape_tools.run, path.name, path.read_text(), told, confinement=confinement,
         limits=LIMITS.model_copy(update=getattr(module, "LIMITS", {})),
     )  # fmt: skip
+    if box.policy.forkserver.standby:
+        eventually(lambda: box.standbys > 0, seconds=20)
     result = box.submit(job, name=path.stem).result(60)
     value = result.value if isinstance(result.value, dict) else {}
     seen = Seen(result, value.get("outcome", "ended"), value.get("got"), value.get("how", ""))
@@ -434,20 +438,28 @@ def main(level: str, folder: Path, uid: int) -> int:
         chosen = [path for path in chosen if load(path).NEEDS]
     if level == "bare":
         chosen = [path for path in chosen if "landlock" in load(path).NEEDS]
+    # Where another user has all that an unprivileged one can have, the attacks come from standby children.
+    standby = 2 if level == STANDBY_LEVEL or (level == "as-i-am" and os.geteuid() != 0) else 0
     policy = light_policy(
         parallel_jobs=PARALLEL + 1,
         confinement=confinement,
-        forkserver=ForkserverSettings(import_torch=False, preload=("escape_tools",), standby=0),
+        limits=LIMITS,
+        forkserver=ForkserverSettings(import_torch=False, preload=("escape_tools",), standby=standby),
     )
-    report: dict[str, Any] = {"programs": {}}
+    report: dict[str, Any] = {"programs": {}, "from_standby": 0}
     with sandbox.Sandbox(policy, cache={"inductor": folder / "cache"}) as box:
         box.wait_ready()
+        _watch_standbys(box, report)
         decoys = lay_out(folder, box, token, mark, (master, slave))
         try:
-            with concurrent.futures.ThreadPoolExecutor(PARALLEL) as pool:
+            with concurrent.futures.ThreadPoolExecutor(standby or PARALLEL) as pool:
                 futures = {path.stem: pool.submit(attempt, path, decoys, confinement) for path in chosen}
+                deadline = time.monotonic() + 100
+                # Python handles signals in this thread only, and the kernel may give one to another: so this one wakes.
+                while concurrent.futures.wait(futures.values(), timeout=0.05).not_done and time.monotonic() < deadline:
+                    pass
                 for name, future in futures.items():
-                    report["programs"][name] = future.result(100)
+                    report["programs"][name] = future.result(0)
             result = box.submit(sandbox.callable_job(os.getuid)).result(30)
             report["mechanisms"] = {n: [m.state.value, m.reason] for n, m in result.enforcement.mechanisms.items()}
             report["well"] = result.status is Status.OK and box.forkserver_pid == decoys.template
@@ -457,6 +469,20 @@ def main(level: str, folder: Path, uid: int) -> int:
             clear(decoys, before)
     print(json.dumps(report))
     return 0
+
+
+def _watch_standbys(box: sandbox.Sandbox, report: dict[str, Any]) -> None:
+    """Count the jobs that a standby child takes, and have it replaced though the sibling runs all the time."""
+    standbys = box._standbys
+    take = standbys.take
+
+    def counted(spec: Any) -> Any:
+        child = take(spec)
+        report["from_standby"] += child is not None
+        return child
+
+    standbys.take = counted  # type: ignore[method-assign]
+    standbys._busy = lambda: False  # type: ignore[method-assign]
 
 
 def _confinement(level: str) -> Confinement:

@@ -248,6 +248,47 @@ def test_the_first_call_waits_for_nothing_and_the_counts_follow(start: Start) ->
     torch.testing.assert_close(compiled(x), function(x))
 
 
+def _operators(function: Callable[[], Any]) -> set[str]:
+    """The operators that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages()}
+
+
+def test_until_then_the_program_runs_as_it_was_written(start: Start) -> None:
+    box, x = start(), torch.randn(6, 6)
+
+    def normed(x: Any) -> Any:
+        return F.layer_norm(F.gelu(x), (6,))
+
+    compiled = torch.compile(normed, dynamic=False)
+    assert torch.equal(compiled(x), normed(x)), "not bit by bit what eager gives"
+    assert "aten::native_layer_norm" in _operators(lambda: compiled(x))
+    box.next().ok()
+    settled()
+    assert "aten::native_layer_norm" not in _operators(lambda: compiled(x))
+    torch.testing.assert_close(compiled(x), normed(x))
+
+    compiled = torch.compile(normed, dynamic=True)
+    compiled(torch.randn(7, 6))
+    box.next().fails(Status.COMPILE_ERROR)
+    assert settled()["kept"] == {"compile_error": 1}
+    assert "aten::native_layer_norm" in _operators(lambda: compiled(torch.randn(8, 6))), "no better code, so as before"
+
+
+def test_what_draws_random_numbers_or_has_a_backward_pass_runs_as_it_was_traced(start: Start) -> None:
+    start()
+    x, w = torch.randn(6, 6), torch.randn(6, 6, requires_grad=True)
+    dropped = torch.compile(lambda x: F.layer_norm(F.dropout(x, 0.4), (6,)))
+    trained = torch.compile(lambda x, w: F.layer_norm(x @ w, (6,)))
+    for function in (lambda: dropped(x), lambda: trained(x, w).sum().backward()):
+        function()
+        assert "aten::native_layer_norm" not in _operators(function)
+    with torch.no_grad():
+        trained(x, w)
+        assert "aten::native_layer_norm" in _operators(lambda: trained(x, w))
+
+
 @pytest.mark.parametrize("exchanged", ["never", "forward", "backward", "both"])
 def test_training_with_dropout_mixes_both_kinds_of_code(start: Start, exchanged: str) -> None:
     box = start()
@@ -531,7 +572,7 @@ def test_a_guard_that_comes_too_late_is_asked_at_each_call(start: Start, monkeyp
     assert settled()["switched"] == 1
     for size in (9, 6, 5, 3, 8):
         call(size)
-    assert ran == ["first", "better", "better", "first", "first", "better"]
+    assert ran == ["better", "better", "first", "first", "better"]
 
 
 def test_guards_as_text_and_as_a_check() -> None:

@@ -43,7 +43,7 @@ PROGRAMS = sorted(path.stem for path in (HERE / "testcases" / "escape").glob("*.
 LEVELS = {
     "off": ("no confinement but the watchdog and the keeper, as whoever runs the tests", False),
     "as-i-am": ("whoever runs the tests", False),
-    "user": ("another user, with user namespaces where the host has them", True),
+    "user": ("another user, with user namespaces where the host has them; attacks from standby children", True),
     "no-namespaces": ("another user, without user namespaces and cgroups", True),
     "bare": ("another user, without user namespaces, cgroups and Landlock", True),
 }
@@ -244,6 +244,9 @@ def test_the_service_is_unharmed(levels: Levels, level: str) -> None:
     assert report["well"], "the template died, or a job after all these fails"
     assert report["sibling"] == "ok", "a job beside the hostile ones was disturbed"
     assert report["left"] == []
+    if level == ("user" if os.geteuid() == 0 else "as-i-am"):
+        # All but those with limits of their own, which get a fresh child.
+        assert report["from_standby"] > len(report["programs"]) / 2, "the attacks were to come from standby children"
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ NAMES: Final[Mapping[str, Private]] = {
     "compile_fx": Private("torch._inductor.compile_fx:fx_codegen_and_compile"),
     "compile_fx_inner": Private("torch._inductor.compile_fx:compile_fx_inner"),
     "whole_compile_fx": Private("torch._inductor.compile_fx:compile_fx"),
+    "AotAutograd": Private("torch._dynamo.backends.common:AotAutograd"),
     "InProcessFxCompile": Private("torch._inductor.compile_fx:_InProcessFxCompile"),
     # How a fake tensor is described and made again.
     "UnpickleState": Private("torch.fx._graph_pickler:_UnpickleState"),
@@ -245,6 +246,17 @@ def replace_save_graph(replacement: Any) -> Any:
     cache = importlib.import_module("torch._inductor.codecache").FxGraphCache
     before = cache._save_graph
     cache._save_graph = staticmethod(replacement)
+    return before
+
+
+def wrap_aot_autograd(wrap: Callable[[Compile], Compile]) -> Compile:
+    """Put ``wrap(what stands there)`` where Dynamo's backends hand a program to AOTAutograd; return what stood there.
+
+    It is called as `(self, gm, example_inputs, **kwargs)` and returns what Dynamo calls in the program's place.
+    """
+    backend = _look_up(NAMES["AotAutograd"].where)
+    before: Compile = backend.__call__
+    backend.__call__ = wrap(before)
     return before
 
 

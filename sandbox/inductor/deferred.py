@@ -242,8 +242,10 @@ def deferred_class() -> type[Any]:
             better code may be made; None if there will be none."""
             self.more = more
             # AOTAutograd copies our attributes to the functions around us, so what is to be forgotten lies one deeper.
-            # Of it an exchange changes `run` alone: calls need no lock.
-            self._now = SimpleNamespace(run=first, context=contextvars.copy_context(), arguments=None, saving=None)
+            # Of it an exchange changes `run` and `unchanged`, and any mixture of both is right: calls need no lock.
+            self._now = SimpleNamespace(
+                run=first, unchanged=True, context=contextvars.copy_context(), arguments=None, saving=None
+            )
             self._begin = begin
             self._began = time.time_ns()
             self._boxed_call = True
@@ -253,6 +255,12 @@ def deferred_class() -> type[Any]:
 
         def __call__(self, inputs: Any) -> Any:
             return self._now.run(inputs)
+
+        @property
+        def unchanged(self) -> bool:
+            """Whether it runs the code that it began with."""
+            found: bool = self._now.unchanged
+            return found
 
         def save_with(self, saving: Saving) -> None:
             """How the better code is to be saved."""
@@ -299,6 +307,7 @@ def deferred_class() -> type[Any]:
             code.post_compile(*self._now.arguments)
             first, check = self._now.run, check_of(guards, places)
             better: Run = code if check is None else _guarded(check, code, first)
+            self._now.unchanged = False
             if not again:
                 self._now.run = better
                 return
@@ -311,6 +320,7 @@ def deferred_class() -> type[Any]:
             def not_usable(error: Exception) -> None:
                 with _trials:
                     told, self._now.run = self._now.run is first, first
+                    self._now.unchanged = True
                 if not told:
                     failed(error)
 

@@ -30,6 +30,11 @@ def _random_nodes(gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
             yield from (n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _RANDOM)
 
 
+def draws(gm: torch.fx.GraphModule) -> bool:
+    """Whether it draws random numbers by Inductor's own operators, which eager code does not use."""
+    return next(_random_nodes(gm), None) is not None
+
+
 def seeded_on_gpu(gm: torch.fx.GraphModule) -> bool:
     """Whether it draws numbers from seeds on a GPU, where compiled and uncompiled code draw different ones."""
     for node in _random_nodes(gm):
@@ -59,7 +64,7 @@ def mixes(gm: torch.fx.GraphModule, graph_kwargs: dict[str, Any], *, uncompiled:
 def seeded(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """A copy of ``gm`` whose random ops follow their seeds, subgraphs included; tensors are shared. ``gm`` itself
     if it has none."""
-    if next(_random_nodes(gm), None) is None:
+    if not draws(gm):
         return gm
     graph = torch.fx.Graph()
     copied: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -89,6 +94,9 @@ def eager_class() -> type[Any]:
     class EagerOutputCode(compat.OutputCode):  # type: ignore[misc]
         """Runs an FX graph after AOTAutograd op by op. Takes its inputs as one list and clears it, as compiled code
         does. Never cached: the next process tries to compile again."""
+
+        unchanged: Final = True
+        """There is no better code for it."""
 
         def __init__(self, gm: torch.fx.GraphModule) -> None:
             self._gm = seeded(gm)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.errors import SandboxError
-from sandbox.inductor import cached, compat
+from sandbox.inductor import cached, compat, traced
 from sandbox.inductor.deferred import KEPT, Saving, deferred_class, keeps_more
 from sandbox.inductor.eager import eager_class
 from sandbox.inductor.scheme import DEFERRED, WITH_CHILDREN, Mode, Scheme, check_mode
@@ -28,6 +28,7 @@ _schemes: dict[tuple[str, str, int], Scheme] = {}
 _of_backends: set[tuple[str, str, int]] = set()
 _original: compat.Compile | None = None
 _original_save: Any = None
+_original_aot: Any = None
 #: The scheme of the graph being compiled, when a backend names one; it wins over the installed one.
 _current: contextvars.ContextVar[Scheme | None] = contextvars.ContextVar("sandbox_scheme", default=None)
 
@@ -63,7 +64,7 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
 
 def uninstall() -> None:
     """Undo :func:`install` and end every forkserver of this process. Graphs compiled so far stay usable."""
-    global _installed, _original, _original_save
+    global _installed, _original, _original_save, _original_aot
     with _lock:
         schemes = list(_schemes.values())
         _schemes.clear()
@@ -72,6 +73,7 @@ def uninstall() -> None:
         if _original is not None:
             compat.replace_compile(_original)
             compat.replace_save_graph(_original_save)
+            compat.wrap_aot_autograd(lambda _: _original_aot)
             compat.enable_worker_pool()
             cached.remove()
             _original = None
@@ -168,10 +170,11 @@ def _key_for(gm: Any, key: str) -> str:
 
 
 def _hook() -> None:
-    global _original, _original_save
+    global _original, _original_save, _original_aot
     if _original is None:
         _original = compat.replace_compile(_dispatch)
         _original_save = compat.replace_save_graph(_save_graph)
+        _original_aot = compat.wrap_aot_autograd(traced.calls)
         cached.install(_in_children, _key_for)
         compat.set_ptxas_path()  # before anybody asks Triton for its version; children do the same
         # A process that only uses the backend keeps Inductor's own workers for its other compiles.

@@ -46,6 +46,7 @@ from sandbox.inductor import (
     payload,
     registrations,
     reply,
+    traced,
 )
 from sandbox.inductor.inflight import Flight, Flights
 from sandbox.inductor.later import Kept, Later
@@ -477,8 +478,12 @@ class _Compile:
         if kept is not None:
             self.recorder.kept(kept.reason)
             self.scheme.warn_once(kept.reason, f"{self.name} keeps the code that it began with ({was}): {kept}")
-            return first if was == "eager" else later.never(first)
-        return later.exchanged(first, was, lambda: self._better(way), self.scheme.workers, self.recorder)
+            code = first if was == "eager" else later.never(first)
+        else:
+            code = later.exchanged(first, was, lambda: self._better(way), self.scheme.workers, self.recorder)
+        if was == "eager":
+            traced.note(code, self.gm, self.graph_kwargs)
+        return code
 
     def _better(self, way: _Way) -> None:
         """In a thread that nobody waits for.
