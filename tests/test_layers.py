@@ -58,7 +58,7 @@ LAYERS = """
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
     inductor.counting inductor.devices inductor.eager inductor.expressions inductor.groups inductor.identity
     inductor.kernels inductor.logs inductor.registrations inductor.tensors inductor.workers inductor.deferred
-    inductor.constants inductor.inflight inductor.outputcode inductor.cached
+    inductor.constants inductor.inflight inductor.outputcode inductor.cached inductor.traced
     inductor.pickling
     inductor.sidetable inductor.aoti
     inductor.payload inductor.reply
@@ -68,7 +68,8 @@ LAYERS = """
     inductor.samples              # the template's warm-up
     inductor.warmup
     inductor.job
-    inductor.scheme               # the parent's side
+    inductor.walk                 # the parent's side
+    inductor.scheme
     inductor.install
     inductor.backend
     faults.injection              # in the parent

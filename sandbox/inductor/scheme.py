@@ -15,8 +15,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -28,9 +26,7 @@ from sandbox.errors import (
     JobError,
     PolicyError,
     QuarantineError,
-    SandboxError,
     UnserializableError,
-    WireError,
 )
 from sandbox.executor import Sandbox
 from sandbox.inductor import (
@@ -39,7 +35,6 @@ from sandbox.inductor import (
     compat,
     deferred,
     eager,
-    failures,
     identity,
     kernels,
     logs,
@@ -48,14 +43,15 @@ from sandbox.inductor import (
     reply,
     traced,
 )
-from sandbox.inductor.inflight import Flight, Flights
+from sandbox.inductor.inflight import Flights
 from sandbox.inductor.later import Kept, Later
+from sandbox.inductor.walk import Walk, Way, exception_of, no_child, reason_of, told_of
 from sandbox.inductor.workers import Workers
 from sandbox.jobs import FxGraphSpec, Job, Scalar, digest, new_job_id
 from sandbox.policy import Policy, Step
 from sandbox.quarantine import Entry, Quarantine
 from sandbox.quarantine_files import keep_of, store_of
-from sandbox.results import KILLERS, JobResult, LeakReport, Status, printable
+from sandbox.results import JobResult, LeakReport, Status
 
 log = logging.getLogger("sandbox")
 
@@ -149,27 +145,6 @@ def _close_all() -> None:
         scheme.close()
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How the children of one walk down the ladder are started, and what is made of what they reply."""
-
-    load: Callable[[Any, str], Any]
-    """Called with the reply and the job id; the walk returns what it returns."""
-    key: str
-    """By which the graph is quarantined."""
-    facts: dict[str, str]
-    """What else that key holds."""
-    overrides: Mapping[str, Scalar]
-    """Inductor settings that replace the caller's."""
-    steps: tuple[Step, ...] = ("retry", "reduced")
-    """Steps of the ladder that it takes; any other ends it."""
-    first: str = "first"
-    """What reports call the first child."""
-    nice: int = 0
-    waited_for: bool = True
-    """Whether somebody waits, and is to be told the end."""
-
-
 class _Compile:
     """One graph on its way."""
 
@@ -193,14 +168,11 @@ class _Compile:
         self.compile_id = str(compat.CompileContext.current_compile_id() or "")
         direction = "backward" if graph_kwargs.get("is_backward") else "forward"
         self.name = f"{direction} graph {graph_kwargs.get('graph_id', '?')} [{self.compile_id}]"
-        self.history: list[fallback.Attempt] = []
-        self.killed: list[JobResult] = []  # the children that it has killed
+        self.walk = Walk(scheme.policy, scheme.sandbox, scheme.flights, scheme.quarantine, self.name)
         self.data: bytes | None = None  # the payload; the same for each child
         self.same: tuple[str, str] | None = None  # what another thread's graph must have to be the same
         if (key := cached.key_of(gm)) is not None:
             self.same = key, payload.taken_for_granted(example_inputs)
-        self.flight = Flight()  # the children that it shares with other threads
-        self.told = True  # whether this thread was the first to hear how the last one ended
         self.folders: dict[str, Path] | None = None  # where artifacts go; None: where the caches are then
 
     def run(self) -> Any:
@@ -225,7 +197,7 @@ class _Compile:
             self.folders = {**cache_folders(), "aoti": staged}
             return self._down(self._way(functools.partial(self._package, staged=staged)))
 
-    def _down(self, way: _Way) -> Any:
+    def _down(self, way: Way) -> Any:
         if (entry := self.scheme.quarantine.get(way.key)) is not None:
             return self._quarantined(entry)
         output, step, result = self._walk(way)
@@ -236,93 +208,47 @@ class _Compile:
             self.recorder.reason("mode_serialize")
         return output
 
-    def _way(self, load: Callable[[Any, str], Any], overrides: Mapping[str, Scalar] | None = None, **rest: Any) -> _Way:
+    def _way(self, load: Callable[[Any, str], Any], overrides: Mapping[str, Scalar] | None = None, **rest: Any) -> Way:
         facts = identity.made_for(self.policy, self.target)
         if overrides:
             # Other settings, another chance; in the policy's own table, so that all of it is one fact.
             facts["settings"] = ", ".join(f"{name} = {value}" for name, value in sorted(overrides.items()))[:500]
         key = identity.quarantine_key(self.gm, self.example_inputs, facts)
-        return _Way(load, key, facts, overrides or {}, **rest)
+        return Way(load, key, facts, overrides or {}, **rest)
 
-    def _walk(self, way: _Way) -> tuple[Any, Step, JobResult]:
-        """Children, down the ladder, side by side with other threads that compile the same. Returns what ``way`` made
-        of the reply, or None and the ladder's last step, and how the last child ended."""
-        with self.scheme.flights.joined(self._shared(way)) as self.flight:
-            return self._steps(way)
+    def _walk(self, way: Way) -> tuple[Any, Step, JobResult]:
+        """Returns what ``way`` made of the reply, or None and the ladder's last step, and how the last child ended."""
+        return self.walk.down(way, functools.partial(self._attempt, way=way), self._shared(way))
 
-    def _shared(self, way: _Way) -> str | None:
+    def _shared(self, way: Way) -> str | None:
         """What two compiles must have in common to share their children: all that a job is made of."""
         if self.same is None or self.scheme.mode == "serialize":
             return None
         return repr((self.same, self.folders or cache_folders(), way.overrides, way.nice, way.waited_for))
 
-    def _steps(self, way: _Way) -> tuple[Any, Step, JobResult]:
-        step: fallback.ChildStep = "first"
-        while True:
-            try:
-                output, result = self._attempt(step, way)
-            except UnserializableError as error:
-                output, result = None, self._no_child(Status.UNSERIALIZABLE, str(error))
-            if output is not None:
-                return output, "raise", result
-            if self.told and result.status in KILLERS and not starved(self.policy, result):
-                self.killed.append(result)
-            self.history.append(fallback.Attempt(step=step, status=result.status, no_memory=result.no_memory))
-            history = tuple(self.history)
-            log.log(
-                # One says what is raised anyway, the other that a compile which nobody waits for ends with the sandbox.
-                logging.INFO
-                if result.status is (Status.COMPILE_ERROR if way.waited_for else Status.CANCELLED)
-                else logging.WARNING,
-                "%s: %s: %s: %s%s",
-                self.name,
-                result.job_id,
-                result.detail,
-                fallback.explain(self.policy, result.status, history),
-                f"; crash capsule: {result.capsule}" if result.capsule else "",
-                extra={"job_id": result.job_id},
-            )
-            following = fallback.decide(self.policy, result.status, history)
-            if (following != "retry" and following != "reduced") or following not in way.steps:
-                self._remember(way)
-                return None, following, result
-            self.recorder.fallback(following)
-            step = following
-
     def _ends(self, step: Step, result: JobResult) -> Any:
         """What the ladder says when no child has made it."""
         self.recorder.fallback(step)
         if step == "in_process":
-            return self._in_process(_reason(result))
+            return self._in_process(reason_of(result))
         if step == "eager":
             return self._eager(result)
         self.recorder.graph("raised")
-        raise self._exception(result)
-
-    def _remember(self, way: _Way) -> None:
-        """No child made it: if one was killed, no later compile of this graph tries again."""
-        if self.killed:
-            last = self.killed[-1]
-            self.scheme.quarantine.add(
-                way.key, last.status, last.job_id, self.name, last.detail, way.facts, kills=len(self.killed)
-            )
+        raise exception_of(result)
 
     def _quarantined(self, entry: Entry) -> Any:
         """A graph that has killed a child gets no second one."""
         step = fallback.decide_quarantined(self.policy, entry.status)
         self.recorder.fallback("quarantined")
         self.recorder.fallback(step)
-        detail = (
-            f"{self.name} is in quarantine since {entry.since:%Y-%m-%d %H:%M} UTC: {printable(entry.job_id)} ended "
-            f"with {entry.status.value} (sandbox quarantine show {entry.digest[:12]})"
-        )
+        detail = told_of(entry, self.name)
         self.scheme.warn_once(entry.digest, f"{detail}; next: {step}")
         if step == "eager":
-            return self._eager(self._no_child(entry.status, detail, entry.job_id))
+            return self._eager(no_child(entry.status, detail, entry.job_id))
         self.recorder.graph("raised")
         raise CompileFailed(entry.status.value, detail, entry.job_id)
 
-    def _attempt(self, step: fallback.ChildStep, way: _Way) -> tuple[Any, JobResult]:
+    def _attempt(self, step: fallback.ChildStep, *, way: Way) -> tuple[Any, JobResult]:
         """One child. Returns what ``way`` makes of its reply, or None, and how the child ended."""
         target = self.target
         if target != "cpu" and not self.policy.gpu:
@@ -352,31 +278,10 @@ class _Compile:
             raise UnserializableError("payload_too_large", str(error)) from None
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data, way)
-        name = way.first if step == "first" else step
-
-        def start() -> tuple[str, Future[JobResult]]:
-            folders = self.folders or cache_folders()
-            return spec.job_id, sandbox.submit(job, name=self.name, step=name, cache=folders)
-
-        try:
-            result, self.told = self.flight.result(name, start, self._interrupted)
-        except (SandboxError, OSError, RuntimeError) as error:
-            # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
-            self.recorder.swallowed(error)
-            detail = f"the job cannot be submitted: {type(error).__name__}: {error}"
-            return None, self._no_child(Status.SANDBOX_ERROR, detail, spec.job_id)
-        if not result.ok:
-            if self.told and result.leaks.leaks:
-                log.warning("%s left behind: %s", result.job_id, result.leaks.counts())
-            if result.status is Status.UNSERIALIZABLE:
-                self.scheme.refused.note(self.gm, result.detail)
-            return None, result
-        try:
-            return way.load(result.value, result.job_id), result
-        except WireError as error:
-            return None, self._no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
-        except OSError as error:
-            return None, self._no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
+        output, result = self.walk.child(job, way, step, self.folders or cache_folders())
+        if result.status is Status.UNSERIALIZABLE:
+            self.scheme.refused.note(self.gm, result.detail)
+        return output, result
 
     def _encoded(self) -> bytes:
         """The payload. Made once: whoever compiles may change the graph later."""
@@ -391,10 +296,6 @@ class _Compile:
         except Exception as error:
             # Settings, contexts and graphs of other people: what surprises us must not stop their compile.
             raise UnserializableError("not_encodable", f"{type(error).__name__}: {error}") from error
-
-    def _interrupted(self, job_id: str) -> None:
-        """Ctrl-C in the caller: the child must not go on."""
-        self.scheme.sandbox.cancel(job_id, "the caller was interrupted")
 
     def _load(self, value: Any, job_id: str) -> Any:
         output = reply.decode_graph(
@@ -416,7 +317,7 @@ class _Compile:
             self.recorder.swallowed(error)  # a later process takes Inductor's own, slower way
 
     def _replay_logs(self, value: Any, job_id: str) -> None:
-        if self.told and (dropped := logs.replay_logs(value, job_id)):
+        if self.walk.told and (dropped := logs.replay_logs(value, job_id)):
             log.info("%s: %d records for loggers that are not torch's were dropped", job_id, dropped)
 
     # The modes `async` and `progressive`.
@@ -437,7 +338,7 @@ class _Compile:
             with deferred.keeping_strides(self.gm):
                 self._encoded()
         except UnserializableError as error:
-            kept = Kept(_reason(self._no_child(Status.UNSERIALIZABLE, str(error))), str(error))
+            kept = Kept(reason_of(no_child(Status.UNSERIALIZABLE, str(error))), str(error))
         if self.scheme.mode == "async":
             self.recorder.graph("eager")
             return self._exchanged(eager.eager_class()(self.gm), "eager", kept)
@@ -455,7 +356,7 @@ class _Compile:
             return self._exchanged(output, "in_child")
         first = self._ends(step, result)
         # Not compiled: the caller's own settings may do what the quick ones could not.
-        return self._exchanged(first, "eager") if step == "eager" and not self.killed else first
+        return self._exchanged(first, "eager") if step == "eager" and not self.walk.killed else first
 
     def _exchanged(self, first: Any, was: str, kept: Kept | None = None) -> Any:
         """``first``, and better code later, unless there is a reason why not."""
@@ -485,20 +386,18 @@ class _Compile:
             traced.note(code, self.gm, self.graph_kwargs)
         return code
 
-    def _better(self, way: _Way) -> None:
+    def _better(self, way: Way) -> None:
         """In a thread that nobody waits for.
 
         Raises:
             Kept: there is no better code.
         """
-        self.history.clear()
-        self.killed.clear()
         made, _, result = self._walk(way)
         self.data = None
         if not made:
-            raise Kept(_reason(result), result.detail)
+            raise Kept(reason_of(result), result.detail)
 
-    def _serialized(self, spec: FxGraphSpec, data: bytes, way: _Way) -> tuple[Any, JobResult]:
+    def _serialized(self, spec: FxGraphSpec, data: bytes, way: Way) -> tuple[Any, JobResult]:
         """The mode `serialize`: through payload and reply, but in this process. For debugging."""
         from sandbox.inductor import compile as child_side
 
@@ -521,7 +420,7 @@ class _Compile:
         if aoti.wanted() and result is not None:
             # There is nothing to run in its place: whoever makes a package wants files.
             self.recorder.graph("raised")
-            raise self._exception(result)
+            raise exception_of(result)
         if eager.mixes(self.gm, self.graph_kwargs, uncompiled=True):
             self.recorder.graph("raised")
             status = result.status.value if result is not None else "eager"
@@ -535,37 +434,6 @@ class _Compile:
         self.recorder.graph("eager")
         eager.note(self.graph_kwargs)
         return eager.eager_class()(self.gm)
-
-    def _no_child(self, status: Status, detail: str, job_id: str = "") -> JobResult:
-        job_id = job_id or new_job_id()
-        return JobResult(job_id=job_id, status=status, detail=detail, leaks=LeakReport(job_id=job_id))
-
-    def _exception(self, result: JobResult) -> BaseException:
-        if result.status is Status.COMPILE_ERROR and result.failure is not None:
-            error = failures.rebuild_exception(result.failure)
-            error.add_note(f"raised in the sandboxed child of {result.job_id}")
-            return error
-        # In the message, not a note: of an exception that a backend raises Dynamo shows no notes.
-        again = f" (to run it again: sandbox replay {result.capsule})" if result.capsule else ""
-        error = CompileFailed(result.status.value, result.detail + again, result.job_id)
-        if result.stderr_tail:
-            words = "\n".join(printable(line) for line in result.stderr_tail[-4000:].splitlines())
-            error.add_note(f"the child's last words:\n{words}")
-        return error
-
-
-def starved(policy: Policy, result: JobResult) -> bool:
-    """Whether a job ran out of memory where less was free than the policy allows: that says nothing of its graph."""
-    return result.status is Status.MEMORY_LIMIT and result.usage.memory_granted_bytes < policy.limits.memory_bytes
-
-
-def _reason(result: JobResult) -> str:
-    """The short word under which an in-process compile is counted."""
-    if result.status is Status.UNSERIALIZABLE:
-        # In a child the class of the exception comes first.
-        detail = result.detail.removeprefix("UnserializableError: ")
-        return f"unserializable: {detail.partition(':')[0].strip()[:60]}"
-    return result.status.value
 
 
 def _target(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:

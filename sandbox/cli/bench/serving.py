@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 from sandbox.cli.bench.compiles import wait
@@ -62,7 +62,8 @@ def _to_core(core: int, forkserver: int | None) -> None:
     """All threads of this process, the forkserver, and what both will start, onto one core."""
     for pid in (os.getpid(), *([forkserver] if forkserver is not None else [])):
         for thread in os.listdir(f"/proc/{pid}/task"):
-            os.sched_setaffinity(int(thread), [core])
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), [core])
 
 
 def _first_answers(answer: Answer, order: random.Random) -> None:
@@ -143,7 +144,7 @@ def _rate(served: list[float], meanwhile: Callable[[], None]) -> float:
     return (len(served) - before) / (time.perf_counter() - started)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _serving(core: int) -> Iterator[list[float]]:
     """A thread that answers requests, one after the other, on ``core``; yields the times of its answers."""
     import torch
