@@ -22,7 +22,7 @@ from torch import nn  # noqa: E402
 
 from sandbox import child  # noqa: E402
 from sandbox.errors import IncompatibleTorchError, UnserializableError, WireError  # noqa: E402
-from sandbox.inductor import compat, expressions, failures, kernels, payload, pickling, reply, sidetable  # noqa: E402
+from sandbox.inductor import compat, expressions, failures, jitted, kernels, payload, pickling, reply, sidetable  # noqa: E402
 from sandbox.inductor.budget import Budget  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
@@ -341,7 +341,7 @@ def test_user_triton_kernels_are_rebuilt_from_source_in_another_process() -> Non
     import triton_kernels_for_tests as own
 
     entry = {
-        "kernels": {3: sidetable.kernel_data(own.autotuned, {}), 5: sidetable.kernel_data(own.plain, {})},
+        "kernels": {3: jitted.kernel_data(own.autotuned, {}), 5: jitted.kernel_data(own.plain, {})},
         "constants": {7: {"BLOCK": 64}},
     }
     script = (

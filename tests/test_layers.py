@@ -60,7 +60,8 @@ LAYERS = """
     inductor.kernels inductor.logs inductor.registrations inductor.tensors inductor.workers inductor.deferred
     inductor.constants inductor.inflight inductor.outputcode inductor.cached inductor.traced
     inductor.pickling
-    inductor.sidetable inductor.aoti
+    inductor.jitted inductor.aoti
+    inductor.sidetable
     inductor.payload inductor.reply
     inductor.snapshot inductor.graph
     inductor.later                # compiles that nobody waits for

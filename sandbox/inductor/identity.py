@@ -70,7 +70,7 @@ def _settings(module: Any) -> list[str]:
     found = []
     for name, value in sorted(module._get_dict().items()):
         entry = module._config.get(name)
-        if name in _LEFT or name.startswith(_LEFT_GROUP) or entry is None:
+        if name in _LEFT or name.startswith(_LEFT_GROUP) or entry is None or value is entry.default:
             continue
         text = _text(value)
         if text != _text(entry.default):

@@ -7,6 +7,7 @@ Real weights never travel: parameters reach a graph as fake inputs, and of the t
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,7 @@ class Request:
             groups.pretend(self.settings["groups"])
             for name in ("inductor", "functorch", "dynamo"):
                 module = getattr(compat, f"{name}_config")
-                known = {key: value for key, value in self.settings[name].items() if _has_setting(module, key)}
-                stack.enter_context(module.patch(known))
+                stack.enter_context(module.patch(_different(module, self.settings[name])))
             for op in _forced_fallbacks(self.settings["fallbacks"]):
                 stack.enter_context(compat.lowering.force_fallback(op))
             yield
@@ -126,9 +126,7 @@ def encode(
         "inductor": _config(compat.inductor_config, _CONFIG_LEFT),
         "functorch": _config(compat.functorch_config, _FUNCTORCH_LEFT),
         "dynamo": {name: _setting(compat.dynamo_config, name) for name in _DYNAMO_SENT},
-        "fallbacks": sorted(
-            str(op) for op, function in compat.lowering.lowerings.items() if hasattr(function, "_is_fallback_handler")
-        ),
+        "fallbacks": _fallbacks(),
         "loggers": logs.levels(),
         "debug_root": debug_root(),
         "compile_id": str(context.compile_id) if context is not None and context.compile_id is not None else None,
@@ -279,17 +277,32 @@ def _setting(module: Any, name: str) -> Any:
     return getattr(module, name, None)
 
 
-def _has_setting(module: Any, name: str) -> bool:
-    return name in module._config
+def _different(module: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings ``wanted`` that this process knows and has otherwise. To set all takes some 5 ms."""
+    here = module._get_dict()
+    found: dict[str, Any] = {}
+    for name, value in wanted.items():
+        if name in module._config:
+            # Of other types two values may be equal and not the same: True and 1, or whatever a class says.
+            plain = value is None or type(value) in (bool, int, float, str)
+            if not (plain and name in here and type(here[name]) is type(value) and here[name] == value):
+                found[name] = value
+    return found
+
+
+#: The name of an operator, which PyTorch puts together anew each time.
+_name_of: Final = functools.cache(str)
+
+
+def _fallbacks() -> list[str]:
+    """The operators that Inductor does not lower here, but calls."""
+    lowerings = list(compat.lowering.lowerings.items())
+    return sorted(_name_of(op) for op, function in lowerings if hasattr(function, "_is_fallback_handler"))
 
 
 def _forced_fallbacks(names: list[str]) -> list[Any]:
-    wanted = set(names)
-    return [
-        op
-        for op, function in list(compat.lowering.lowerings.items())
-        if str(op) in wanted and not getattr(function, "_is_fallback_handler", False)
-    ]
+    wanted = set(names).difference(_fallbacks())
+    return [op for op in list(compat.lowering.lowerings) if _name_of(op) in wanted] if wanted else []
 
 
 def _torch_state() -> dict[str, Any]:
