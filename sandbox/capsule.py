@@ -36,7 +36,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from sandbox import scratch
 from sandbox.errors import CapsuleError, JobError
 from sandbox.explain import explain
-from sandbox.jobs import CallableSpec, FxGraphSpec, Job, TritonKernelSpec, new_job_id, parse_spec
+from sandbox.jobs import CallableSpec, Job, Spec, new_job_id, parse_spec
 from sandbox.limits import MIB, Limits
 from sandbox.policy import CapsuleSettings, Policy
 from sandbox.results import JobResult, Status
@@ -99,7 +99,7 @@ class Capsule:
     """A capsule that was read. ``spec`` is as it was recorded: :meth:`job` makes what may be run of it."""
 
     about: About
-    spec: FxGraphSpec | TritonKernelSpec | CallableSpec
+    spec: Spec
     outcome: JobResult
     payload: bytes
 
@@ -211,7 +211,7 @@ class Writer:
 class _Order:
     """A capsule to write."""
 
-    spec: FxGraphSpec | TritonKernelSpec | CallableSpec
+    spec: Spec
     payload: bytes | None
     result: JobResult
     name: str
@@ -234,7 +234,7 @@ def folder_of(settings: CapsuleSettings) -> Path:
 
 def write(
     folder: Path,
-    spec: FxGraphSpec | TritonKernelSpec | CallableSpec,
+    spec: Spec,
     payload: bytes | None,
     result: JobResult,
     about: About,

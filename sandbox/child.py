@@ -28,7 +28,7 @@ from sandbox import artifacts, ledger
 from sandbox.enforce import Place, confine_worker, rlimits
 from sandbox.enforce.privileges import die_with_parent
 from sandbox.errors import EnforcementError, JobError, UnserializableError, WireError
-from sandbox.jobs import CallableSpec, FxGraphSpec, TritonKernelSpec, check_payload, digest, parse_spec
+from sandbox.jobs import CallableSpec, Spec, check_payload, digest, parse_spec
 from sandbox.origins import Origins
 from sandbox.results import OWN_LEAKS, Artifact, Enforcement, Failure, Leak, Status
 from sandbox.sealed import unseal
@@ -69,13 +69,12 @@ SEND_SECONDS = 600.0
 HANDLERS = {
     "fx_graph": "sandbox.inductor.job",
     "triton_kernel": "sandbox.triton.kernel",
+    "triton_launch": "sandbox.inductor.launch",
     "callable": "sandbox.callables",
 }
 
 #: What the template has imported if it was warmed up. It does part of a graph's work for nothing.
 REHEARSAL = "sandbox.inductor.warmup"
-
-Spec = FxGraphSpec | TritonKernelSpec | CallableSpec
 
 
 def main(job_id: str, standby: bool, place: Place, job_fd: int, stderr_fd: int, keeper: int) -> NoReturn:

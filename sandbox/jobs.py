@@ -134,6 +134,13 @@ class TritonKernelSpec(_JobBase):
     """Software pipelining stages, a count."""
 
 
+class TritonLaunchSpec(_JobBase):
+    """What the launch of a `@triton.jit` function has to compile; no GPU is needed. Payload:
+    `sandbox.inductor.launch`. The compiled kernel comes back as files of Triton's cache."""
+
+    kind: Literal["triton_launch"] = "triton_launch"
+
+
 class CallableSpec(_JobBase):
     """Any function, by dill: for tests and custom compilers. Payload: dill of `(function, args, kwargs)`."""
 
@@ -143,16 +150,17 @@ class CallableSpec(_JobBase):
     """Classes, as `module:name`, that the reply's unpickler admits besides plain data."""
 
 
-JobSpec = Annotated[FxGraphSpec | TritonKernelSpec | CallableSpec, Field(discriminator="kind")]
+Spec = FxGraphSpec | TritonKernelSpec | TritonLaunchSpec | CallableSpec
+JobSpec = Annotated[Spec, Field(discriminator="kind")]
 
-_SPEC: TypeAdapter[FxGraphSpec | TritonKernelSpec | CallableSpec] = TypeAdapter(JobSpec)
+_SPEC: TypeAdapter[Spec] = TypeAdapter(JobSpec)
 
 
 @dataclass(frozen=True)
 class Job:
     """A spec with its payload: what :meth:`sandbox.Sandbox.submit` takes."""
 
-    spec: FxGraphSpec | TritonKernelSpec | CallableSpec
+    spec: Spec
     payload: bytes
 
     def __post_init__(self) -> None:
@@ -174,7 +182,7 @@ def digest(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def parse_spec(data: bytes | str) -> FxGraphSpec | TritonKernelSpec | CallableSpec:
+def parse_spec(data: bytes | str) -> Spec:
     """Validate the JSON of a spec.
 
     Raises:

@@ -178,6 +178,9 @@ class Policy(_Model):
     gpu: bool = True
     """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live). In
     this version a graph for a GPU needs it; without it the graph is `unserializable` (`gpu_not_granted`)."""
+    triton_launches: bool = True
+    """Whether what a direct launch of a Triton kernel has to compile (`kernel[grid](...)`, outside of any graph) is
+    compiled in a child, too. If false, Triton compiles it in the serving process, as without the sandbox."""
     allow_in_process: bool = True
     """Whether any graph may be compiled in the serving process. If false, a ladder's `in_process` is skipped."""
     allow_in_process_after_crash: bool = False

@@ -69,7 +69,9 @@ class Stats(_Model):
     raised: int = 0
     """Graphs whose compile raised to the caller."""
     in_process_reasons: dict[str, int] = {}
-    """Why graphs were compiled in this process, a count per reason."""
+    """Why graphs and kernels were compiled in this process, a count per reason."""
+    launches: dict[str, int] = {}
+    """Triton kernels that a direct launch had to compile, a count for each of `in_child`, `in_process` and `raised`."""
     pending: int = 0
     """Of the modes `async` and `progressive`: graphs whose better code is under way, now."""
     switched: int = 0
@@ -112,6 +114,7 @@ class Recorder:
         self.mode = ""
         self._graphs: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
+        self._launches: Counter[str] = Counter()
         self._pending = 0
         self._switched = 0
         self._kept: Counter[str] = Counter()
@@ -127,6 +130,11 @@ class Recorder:
         """A graph is settled. ``where``: `in_child`, `in_process`, `eager` or `raised`."""
         with self._lock:
             self._graphs[where] += 1
+
+    def launch(self, where: str) -> None:
+        """What a direct launch had to compile is settled. ``where``: `in_child`, `in_process` or `raised`."""
+        with self._lock:
+            self._launches[where] += 1
 
     def reason(self, reason: str) -> None:
         """Why a graph is compiled in this process. The words may be a child's: they are kept up to a number."""
@@ -217,6 +225,7 @@ class Recorder:
                 eager=self._graphs["eager"],
                 raised=self._graphs["raised"],
                 in_process_reasons=dict(self._reasons),
+                launches=dict(self._launches),
                 pending=self._pending,
                 switched=self._switched,
                 kept=dict(self._kept),

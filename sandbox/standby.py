@@ -17,11 +17,10 @@ import uuid
 from collections.abc import Callable, Sized
 
 from sandbox.background import Background
-from sandbox.child import Spec
 from sandbox.envelopes import KeeperReady, Prepare, Started, parse_envelope
 from sandbox.errors import ForkserverError
 from sandbox.forkserver import Forkserver
-from sandbox.jobs import Environment
+from sandbox.jobs import Environment, Spec
 from sandbox.keeper import BEGIN
 from sandbox.launch import Launched, launch
 from sandbox.policy import Policy

@@ -61,7 +61,7 @@ LAYERS = """
     inductor.constants inductor.inflight inductor.outputcode inductor.cached inductor.traced
     inductor.pickling
     inductor.jitted inductor.aoti
-    inductor.sidetable
+    inductor.sidetable inductor.launch
     inductor.payload inductor.reply
     inductor.snapshot inductor.graph
     inductor.later                # compiles that nobody waits for
@@ -71,6 +71,7 @@ LAYERS = """
     inductor.job
     inductor.walk                 # the parent's side
     inductor.scheme
+    inductor.launches
     inductor.install
     inductor.backend
     faults.injection              # in the parent

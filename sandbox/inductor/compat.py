@@ -126,6 +126,12 @@ NAMES: Final[Mapping[str, Private]] = {
     "FxGraphCache": Private("torch._inductor.codecache:FxGraphCache"),
     # Which ptxas: its version is part of the name of every kernel in Triton's cache, and asked for once.
     "set_ptxas_path": Private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path"),
+    # Direct launches of Triton kernels, in Triton 3.7: without these names they compile in this process.
+    "JITFunction": Private("triton.runtime.jit:JITFunction", ("2.13",)),
+    "ASTSource": Private("triton.compiler:ASTSource", ("2.13",)),
+    "triton_cache": Private("triton.runtime.cache", ("2.13",)),
+    "triton_environment": Private("triton._C.libtriton:get_cache_invalidating_env_vars", ("2.13",)),
+    "triton_knobs": Private("triton.knobs", ("2.13",)),
     # A child without a GPU answers for one: looked up there only, not seen in 2.11 yet; without them that job fails.
     "CudaInterface": Private("torch._dynamo.device_interface:CudaInterface", ("2.13",)),
     "fake_tensor": Private("torch._subclasses.fake_tensor", ("2.13",)),
@@ -257,6 +263,17 @@ def wrap_aot_autograd(wrap: Callable[[Compile], Compile]) -> Compile:
     backend = _look_up(NAMES["AotAutograd"].where)
     before: Compile = backend.__call__
     backend.__call__ = wrap(before)
+    return before
+
+
+def wrap_launches(wrap: Callable[[Compile], Compile]) -> Compile:
+    """Put ``wrap(what stands there)`` where Triton compiles what a launch needs, and return what stood there.
+
+    It is called as `(self, key, signature, device, constexprs, options, attrs, warmup)`.
+    """
+    kernel = _look_up(NAMES["JITFunction"].where)
+    before: Compile = kernel._do_compile
+    kernel._do_compile = wrap(before)
     return before
 
 

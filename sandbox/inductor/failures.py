@@ -21,6 +21,10 @@ _OTHERS: Final = frozenset(
         "torch._inductor.exc.GPUTooOldForTriton",
         "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode",
         "torch.fx.experimental.symbolic_shapes.PendingUnbackedSymbolNotFound",
+        # By the first and the last of these an autotuner of Triton's knows a configuration that does not fit (3.6, 3.7).
+        "triton.compiler.errors.CompileTimeAssertionFailure",
+        "triton.compiler.errors.UnsupportedLanguageConstruct",
+        "triton.runtime.errors.OutOfResources",
     }
 )
 #: With these Dynamo steers itself (SkipFrame, RestartAnalysis, Unsupported, ...): no Dynamo runs in a child, and
@@ -31,8 +35,8 @@ _CONTROL: Final = "torch._dynamo."
 def rebuild_exception(failure: Failure) -> BaseException:
     """An exception of the failure's class with its message, or a RuntimeError that says the same.
 
-    The class is taken only from `builtins` or from the module of torch that defines it and that this process has
-    imported already; it must be one that says that something failed, and none that Dynamo steers itself by. Its
+    The class is taken only from `builtins` or from the module of torch or Triton that defines it and that this process
+    has imported already; it must be one that says that something failed, and none that Dynamo steers itself by. Its
     `__init__` is not run. The child's traceback is the exception's note.
     """
     cls = _class_of(failure)
@@ -43,13 +47,20 @@ def rebuild_exception(failure: Failure) -> BaseException:
         try:
             error = cls.__new__(cls)
             error.args = (failure.message,)
-            if str(error) != failure.message:
+            if _says(error) != failure.message:
                 error = _with_message(cls, failure.message)
         except Exception:  # noqa: BLE001 - a class that cannot be made without its arguments
             error = RuntimeError(f"{failure.module}.{failure.qualname}: {failure.message}")
     if failure.traceback:
         error.add_note(f"In the sandboxed child:\n{failure.traceback}")
     return error
+
+
+def _says(error: BaseException) -> str | None:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - it needs what only its `__init__` would have set
+        return None
 
 
 def _with_message(cls: type[Exception], message: str) -> BaseException:
@@ -63,7 +74,7 @@ def _with_message(cls: type[Exception], message: str) -> BaseException:
 
 def _class_of(failure: Failure) -> type[Exception] | None:
     root = failure.module.partition(".")[0]
-    if root not in ("builtins", "torch") or failure.module.startswith(_CONTROL):
+    if root not in ("builtins", "torch", "triton") or failure.module.startswith(_CONTROL):
         return None
     if not failure.qualname.endswith(_ENDINGS) and f"{failure.module}.{failure.qualname}" not in _OTHERS:
         return None

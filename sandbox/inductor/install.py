@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.errors import SandboxError
-from sandbox.inductor import cached, compat, traced
+from sandbox.inductor import cached, compat, launches, traced
 from sandbox.inductor.deferred import KEPT, Saving, deferred_class, keeps_more
 from sandbox.inductor.eager import eager_class
 from sandbox.inductor.scheme import DEFERRED, WITH_CHILDREN, Mode, Scheme, check_mode
@@ -29,6 +29,7 @@ _of_backends: set[tuple[str, str, int]] = set()
 _original: compat.Compile | None = None
 _original_save: Any = None
 _original_aot: Any = None
+_original_launch: Any = None
 #: The scheme of the graph being compiled, when a backend names one; it wins over the installed one.
 _current: contextvars.ContextVar[Scheme | None] = contextvars.ContextVar("sandbox_scheme", default=None)
 
@@ -64,7 +65,7 @@ def install(policy: str | Path | Policy = "default", mode: str = "subprocess") -
 
 def uninstall() -> None:
     """Undo :func:`install` and end every forkserver of this process. Graphs compiled so far stay usable."""
-    global _installed, _original, _original_save, _original_aot
+    global _installed, _original, _original_save, _original_aot, _original_launch
     with _lock:
         schemes = list(_schemes.values())
         _schemes.clear()
@@ -74,6 +75,9 @@ def uninstall() -> None:
             compat.replace_compile(_original)
             compat.replace_save_graph(_original_save)
             compat.wrap_aot_autograd(lambda _: _original_aot)
+            if _original_launch is not None:
+                compat.wrap_launches(lambda _: _original_launch)
+                _original_launch = None
             compat.enable_worker_pool()
             cached.remove()
             _original = None
@@ -170,11 +174,13 @@ def _key_for(gm: Any, key: str) -> str:
 
 
 def _hook() -> None:
-    global _original, _original_save, _original_aot
+    global _original, _original_save, _original_aot, _original_launch
     if _original is None:
         _original = compat.replace_compile(_dispatch)
         _original_save = compat.replace_save_graph(_save_graph)
         _original_aot = compat.wrap_aot_autograd(traced.calls)
+        if all(map(compat.has, launches.NEEDED)):
+            _original_launch = compat.wrap_launches(lambda original: launches.calls(original, _scheme_of_launches))
         cached.install(_in_children, _key_for)
         compat.set_ptxas_path()  # before anybody asks Triton for its version; children do the same
         # A process that only uses the backend keeps Inductor's own workers for its other compiles.
@@ -189,19 +195,28 @@ def _dispatch(
     **graph_kwargs: Any,
 ) -> Any:
     """What stands in for Inductor's `fx_codegen_and_compile`."""
-    scheme = _current.get() or _installed
+    scheme = _usable(_current.get() or _installed)
     if scheme is None:
         return compat.compile_in_process(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
-    if scheme.sandbox.foreign or scheme.closed:
-        # The host has forked and needs a forkserver of its own; or the scheme was closed before this graph, the
-        # backward pass of one that it compiled, was needed.
-        scheme = scheme_for(scheme.policy, scheme.mode)
     try:
         return scheme.compile(gm, example_inputs, inputs_to_check, graph_kwargs, compile_region_name)
     finally:
         with _lock:
             if _original is None:
                 cached.remove()  # uninstall() came in between, and loading has put it back
+
+
+def _usable(scheme: Scheme | None) -> Scheme | None:
+    """``scheme``, or another in its place: the host has forked and needs a forkserver of its own, or it was closed
+    before the backward pass of what it compiled was needed."""
+    if scheme is not None and (scheme.sandbox.foreign or scheme.closed):
+        return scheme_for(scheme.policy, scheme.mode)
+    return scheme
+
+
+def _scheme_of_launches() -> Scheme | None:
+    """Kernels are compiled as :func:`install` says; those of a process that only uses the backend are left alone."""
+    return _usable(_installed)
 
 
 def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:

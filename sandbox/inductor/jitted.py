@@ -17,6 +17,7 @@ from sandbox.errors import UnserializableError
 from sandbox.inductor import pickling
 
 _LAYERS: Final = ("Autotuner", "Heuristics")
+_FUNCTIONS: Final = ("JITFunction", "ConstexprFunction")
 
 
 def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
     kind = type(kernel).__name__
     if kind in _LAYERS:
         return {"kind": kind, "fn": kernel_data(kernel.fn, seen), "fields": _layer_fields(kernel)}
-    if not hasattr(kernel, "src") or not hasattr(kernel, "fn"):
+    if kind not in _FUNCTIONS:
         raise UnserializableError("triton_kernel", f"{kind} is neither a jit function, an autotuner nor heuristics")
     if id(kernel) in seen:
         return {"kind": "Seen", "name": seen[id(kernel)]}
@@ -32,9 +33,10 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
     label = f"{function.__module__}.{function.__qualname__}.{len(seen)}"
     seen[id(kernel)] = label
     return {
-        "kind": "JITFunction",
+        "kind": kind,
         "label": label,
         "name": function.__name__,
+        "qualname": function.__qualname__,
         "module": function.__module__,
         "file": function.__code__.co_filename,
         "line": int(getattr(kernel, "starting_line_number", 1)),
@@ -44,10 +46,21 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
             name: getattr(kernel, name, None)
             for name in ("do_not_specialize", "do_not_specialize_on_alignment", "debug", "noinline")
         },
+        "repr": _repr_of(kernel),
         "globals": _globals_of(function, seen),
         "defaults": function.__defaults__,
         "annotations": {name: _annotation(value) for name, value in function.__annotations__.items()},
     }
+
+
+def _repr_of(kernel: Any) -> Any:
+    """What names the kernel in the binary, where the user has a function for that."""
+    function = getattr(kernel, "_repr", None)
+    try:
+        pickling.dumps(function)
+    except UnserializableError as error:
+        raise UnserializableError("triton_kernel", f"{kernel.fn.__name__}, its `repr`: {error}") from None
+    return function
 
 
 def _layer_fields(layer: Any) -> dict[str, Any]:
@@ -154,7 +167,10 @@ def make_kernel(data: dict[str, Any], made: dict[str, Any]) -> Any:
     exec(compile(source, file, "exec", dont_inherit=True), namespace)
     function = namespace[data["name"]]
     function.__defaults__ = data["defaults"]
-    kernel = jit.JITFunction(function, **{name: value for name, value in data["options"].items() if value is not None})
+    options = {name: value for name, value in data["options"].items() if value is not None}
+    kernel = jit.JITFunction(function, **options) if data["kind"] == "JITFunction" else jit.ConstexprFunction(function)
+    if data["repr"] is not None:
+        kernel._repr = data["repr"]
     made[data["label"]] = kernel
     namespace[data["name"]] = kernel
     for name, nested in pending.items():
@@ -163,17 +179,22 @@ def make_kernel(data: dict[str, Any], made: dict[str, Any]) -> Any:
 
 
 def as_written(data: dict[str, Any], made: dict[str, Any]) -> None:
-    """Give rebuilt kernels the file and lines of the originals, which Triton writes into their debug information.
+    """Give rebuilt kernels the full names, the files and the lines of the originals, which Triton writes into what it
+    makes of them.
 
     Args:
         data, made: of :func:`make_kernel`.
     """
     if "fn" in data:
         as_written(data["fn"], made)
-    if data["kind"] != "JITFunction":
+    if data["kind"] not in _FUNCTIONS:
         return
     kernel = made[data["label"]]
-    kernel.fn.__code__ = kernel.fn.__code__.replace(co_filename=data["file"])
+    function = kernel.fn
+    function.__code__ = function.__code__.replace(co_filename=data["file"])
+    function.__module__, function.__qualname__ = data["module"], data["qualname"]
+    kernel.__module__, kernel.__qualname__ = data["module"], data["qualname"]
+    kernel.module, kernel._fn_name = data["module"], f"{data['module']}.{data['qualname']}"
     if data["raw"] is not None:
         kernel.raw_src, kernel.starting_line_number = data["raw"], data["line"]
     for how, what in data["globals"].values():

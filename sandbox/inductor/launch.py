@@ -1,0 +1,79 @@
+"""What the launch of a Triton kernel has to compile: the payload, and the child's side of a `triton_launch` job.
+
+The child makes the entry of Triton's cache in the job's own folder, under the name that the parent will look for: the
+parent says what the kernel's own part of that name is, and the rest follows from constants, options, target and Triton.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sandbox.inductor import compat, pickling
+from sandbox.inductor.jitted import as_written, kernel_data, make_kernel
+from sandbox.jobs import TritonLaunchSpec
+
+
+def encode(
+    kernel: Any, signature: Mapping[str, Any], constants: Mapping[Any, Any], attrs: Any, options: Any, target: Any,
+    variables: Mapping[str, str],
+) -> bytes:  # fmt: skip
+    """The payload.
+
+    Args:
+        kernel: a `JITFunction`.
+        signature, constants, attrs: as of Triton's `ASTSource`; a constant may be another `JITFunction`.
+        options: the backend's, as parsed.
+        target: a `GPUTarget`.
+        variables: those environment variables that are part of the entry's name.
+
+    Raises:
+        UnserializableError: reason `triton_kernel` or that of a value, when something cannot travel.
+    """
+    seen: dict[int, str] = {}
+    kernels = [kernel, *(value for value in constants.values() if hasattr(value, "cache_key"))]
+    return pickling.dumps({
+        "kernels": [(kernel_data(each, seen), each.cache_key) for each in kernels],
+        "signature": dict(signature),
+        "constants": {
+            place: None if hasattr(value, "cache_key") else (value,) for place, value in constants.items()
+        },
+        "attrs": attrs,
+        "options": dict(vars(options)),
+        "target": (target.backend, target.arch, target.warp_size),
+        "variables": dict(variables),
+        "path": [entry for entry in sys.path if entry],
+    })  # fmt: skip
+
+
+def prepare(spec: TritonLaunchSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
+    """In the child: the compile, as a function that returns the name of the kernel's entry."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # What the template remembers of it went with its environment.
+    getattr(compat.set_ptxas_path, "cache_clear", lambda: None)()
+    compat.set_ptxas_path()
+    # A module that a kernel names is imported from where the parent has it, also while this is unpickled.
+    data = pickling.loads(payload, None)
+    sys.path += [entry for entry in data["path"] if entry not in sys.path]
+    made: dict[str, Any] = {}
+    kernels = []
+    for entry, cache_key in data["kernels"]:
+        kernel = make_kernel(entry, made)
+        as_written(entry, made)
+        kernel.hash = cache_key
+        kernels.append(kernel)
+    first, *others = kernels
+    constants = {place: value[0] if value else others.pop(0) for place, value in data["constants"].items()}
+
+    def work() -> dict[str, Any]:
+        source = ASTSource(first, data["signature"], constants, data["attrs"])
+        compiled = triton.compile(
+            source, target=GPUTarget(*data["target"]), options=data["options"], _env_vars=data["variables"]
+        )
+        return {"name": compiled.hash}
+
+    return work

@@ -1,0 +1,55 @@
+"""Kernels that a program launches itself, of the kinds that people write."""
+
+import triton
+import triton.language as tl
+
+SCALE = tl.constexpr(3)
+
+
+@triton.constexpr_function
+def twice(n):
+    return 2 * n
+
+
+@triton.jit
+def scaled(x):
+    return x * SCALE
+
+
+@triton.jit
+def add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    x = tl.load(x_ptr + offsets, mask=mask)
+    y = tl.load(y_ptr + offsets, mask=mask)
+    tl.store(out_ptr + offsets, scaled(x + y), mask=mask)
+
+
+@triton.jit
+def applied(x_ptr, out_ptr, function: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, twice(BLOCK))
+    tl.store(out_ptr + offsets, function(tl.load(x_ptr + offsets)))
+
+
+@triton.autotune(configs=[triton.Config({"BLOCK": 64}), triton.Config({"BLOCK": 128}, num_warps=8)], key=["n"])
+@triton.jit
+def tuned(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, tl.exp(tl.load(x_ptr + offsets, mask=offsets < n)), mask=offsets < n)
+
+
+@triton.jit
+def wrong(x_ptr, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK), not_defined_anywhere)  # noqa: F821
+
+
+def made_here():
+    """A kernel of a function, with a variable of that function in it."""
+    offset = tl.constexpr(7)
+
+    @triton.jit
+    def inner(x_ptr, BLOCK: tl.constexpr):
+        places = x_ptr + tl.arange(0, BLOCK)
+        tl.store(places, tl.load(places) + offset)
+
+    return inner

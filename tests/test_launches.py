@@ -1,0 +1,237 @@
+"""Direct launches of Triton kernels: compiled in a child, found by Triton in its own cache.
+
+There is no GPU here: Triton is told that there is an H100, and kernels are warmed up, which is a launch without its end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import launched_kernels as kernels
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from inductor_harness import Template  # noqa: E402, F401
+
+import sandbox  # noqa: E402
+from sandbox import faults  # noqa: E402
+from sandbox.errors import CompileFailed  # noqa: E402
+from sandbox.inductor import install  # noqa: E402
+from sandbox.policy import ForkserverSettings, Ladder, Policy, QuarantineSettings  # noqa: E402
+
+pytestmark = [pytest.mark.timeout(300)]
+
+POLICY = Policy(
+    name="launches",
+    allow_faults=True,
+    quarantine=QuarantineSettings(persist=False),
+    forkserver=ForkserverSettings(warm_up=False, standby=0),
+)
+
+
+class Driver:
+    """Answers for an H100, as far as a compile asks."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Any:
+        return None
+
+
+@pytest.fixture(scope="module")
+def installed() -> Iterator[sandbox.Sandbox]:
+    sandbox.install(POLICY)
+    scheme = install.installed()
+    assert scheme is not None
+    scheme.sandbox.wait_ready()
+    yield scheme.sandbox
+    sandbox.uninstall()
+
+
+@pytest.fixture
+def box(installed: sandbox.Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sandbox.Sandbox]:
+    """The sandbox, with an empty cache of Triton's, and kernels that were never launched."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    active = triton.runtime.driver.active if triton.runtime.driver._active is not None else None
+    triton.runtime.driver.set_active(Driver())
+    for kernel in vars(kernels).values():
+        if isinstance(kernel, triton.runtime.JITFunction):
+            kernel.device_caches.clear()
+    yield installed
+    triton.runtime.driver._active = active
+
+
+def launch(kernel: Any, *arguments: Any, **constants: Any) -> Any:
+    return kernel.warmup(*arguments, grid=(1,), **constants)
+
+
+def add() -> Any:
+    return launch(kernels.add, torch.float32, torch.float32, torch.float32, 1024, BLOCK=256)
+
+
+def counted(box: sandbox.Sandbox, function: Callable[[], Any]) -> tuple[dict[str, int], int]:
+    """What a call adds to the counts of launches and of children."""
+    before = sandbox.stats()
+    function()
+    after = sandbox.stats()
+    launches = {name: count - before.launches.get(name, 0) for name, count in after.launches.items()}
+    return {name: count for name, count in launches.items() if count}, after.children_started - before.children_started
+
+
+@pytest.fixture
+def hits(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each compile that Triton is asked for in this process: whether its cache had it."""
+    found: list[bool] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: found.append(cache_hit))
+    return found
+
+
+def test_a_launch_is_compiled_in_a_child_and_found_by_triton(box: sandbox.Sandbox, hits: list[bool]) -> None:
+    made: list[Any] = []
+    assert counted(box, lambda: made.append(add())) == ({"in_child": 1}, 1)
+    assert hits == [True], "Triton has compiled it in this process"
+    assert made[0].asm["cubin"][:4] == b"\x7fELF"
+    # Neither the same launch nor another process starts a second child.
+    kernels.add.device_caches.clear()
+    assert counted(box, add) == ({}, 0)
+    assert hits == [True, True]
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "helper": add,
+    "constexpr function": lambda: launch(
+        kernels.applied, torch.float32, torch.float32, function=kernels.scaled, BLOCK=64
+    ),
+    "closure": lambda: launch(kernels.made_here(), torch.float16, BLOCK=64),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_what_triton_would_have_made(
+    box: sandbox.Sandbox, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, with the lines of the source in its debug information."""
+    children: list[Any] = []
+    assert counted(box, lambda: children.append(CASES[case]())) == ({"in_child": 1}, 1)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "own"))
+    for kernel in vars(kernels).values():
+        if isinstance(kernel, triton.runtime.JITFunction):
+            kernel.device_caches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(install.installed(), "policy", POLICY.model_copy(update={"triton_launches": False}))
+        own = CASES[case]()
+    assert counted(box, lambda: None) == ({}, 0)
+    assert own.hash == children[0].hash
+    for stage in own.asm:
+        assert own.asm[stage] == children[0].asm[stage], stage
+    assert __file__.rpartition("/")[0] in own.asm["ttir"]
+
+
+def test_an_autotuned_kernel_gets_a_child_for_each_configuration(box: sandbox.Sandbox) -> None:
+    assert counted(box, lambda: launch(kernels.tuned, torch.float32, torch.float32, 1000)) == ({"in_child": 2}, 2)
+
+
+def test_threads_that_launch_the_same_share_one_child(box: sandbox.Sandbox) -> None:
+    barrier = threading.Barrier(3)
+
+    def work() -> None:
+        barrier.wait()
+        add()
+
+    def together() -> None:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    launches, children = counted(box, together)
+    assert set(launches) == {"in_child"} and children == 1
+
+
+def test_the_error_of_a_wrong_kernel_is_tritons(box: sandbox.Sandbox) -> None:
+    def work() -> None:
+        with pytest.raises(Exception, match="not_defined_anywhere") as caught:
+            launch(kernels.wrong, torch.float32, BLOCK=64)
+        assert type(caught.value).__name__ == "CompilationError"
+
+    assert counted(box, work) == ({"raised": 1}, 1)
+
+
+def test_a_compiler_that_crashes_costs_its_child(box: sandbox.Sandbox) -> None:
+    with faults.inject("sigsegv", times=1):
+        assert counted(box, add) == ({"in_child": 1}, 2)
+
+
+def test_a_kernel_that_kills_every_child_raises_and_is_quarantined(box: sandbox.Sandbox) -> None:
+    def work() -> None:
+        with faults.inject("sigsegv"), pytest.raises(CompileFailed, match="crashed"):
+            add()
+
+    # A kernel cannot run uncompiled, so `eager` of the ladder raises.
+    assert counted(box, work) == ({"raised": 1}, 3)
+
+    def again() -> None:
+        with pytest.raises(CompileFailed, match="quarantine"):
+            add()
+
+    assert counted(box, again) == ({"raised": 1}, 0)
+    scheme = install.installed()
+    assert scheme is not None
+    scheme.quarantine.clear()
+
+
+def test_what_cannot_be_sent_is_compiled_in_this_process(
+    box: sandbox.Sandbox, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", ""))
+    before = sandbox.stats().in_process_reasons
+    assert counted(box, add) == ({"in_process": 1}, 0)
+    assert hits == [False]
+    reason = "unserializable: triton_hooks"
+    assert sandbox.stats().in_process_reasons[reason] == before.get(reason, 0) + 1
+
+
+def test_a_ladder_that_forbids_it_raises(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", ""))
+    scheme = install.installed()
+    monkeypatch.setattr(scheme, "policy", POLICY.model_copy(update={"ladder": Ladder(unserializable=("raise",))}))
+    with pytest.raises(CompileFailed, match="add_stages_inspection_hook"):
+        add()
+
+
+def test_an_entry_under_another_name_is_no_answer(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hostile child would have it: it answers, and hands back nothing that Triton finds."""
+    from sandbox.inductor import launches
+
+    encode = launches.launch.encode
+    monkeypatch.setattr(
+        launches.launch, "encode",
+        lambda kernel, signature, constants, attrs, options, target, variables: encode(
+            kernel, signature, constants, attrs, options, target, {**variables, "other": "1"}
+        ),
+    )  # fmt: skip
+    before = sandbox.stats().in_process_reasons.get("protocol_error", 0)
+    assert counted(box, add) == ({"in_process": 1}, 2)
+    assert sandbox.stats().in_process_reasons["protocol_error"] == before + 1
+
+
+def test_without_the_policys_word_and_after_uninstall_triton_compiles(
+    box: sandbox.Sandbox, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = install.installed()
+    monkeypatch.setattr(scheme, "policy", POLICY.model_copy(update={"triton_launches": False}))
+    assert counted(box, add) == ({}, 0)
+    assert hits == [False]
