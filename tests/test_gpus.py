@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from benchmarks.corpus import models
 from benchmarks.corpus.entry import Entry, Skip
 from sandbox.errors import JobError
 from sandbox.gpus import Gpus, recorded
+from sandbox.jobs import Job
 from sandbox.results import JobResult, Status
 
 #: Of an ELF file for CUDA (e_machine).
@@ -138,6 +141,71 @@ def test_what_is_refused_before_anything_starts() -> None:
         Gpus(devices=snapshot.devices, current=1, cuda="13.0")
     with pytest.raises(ValidationError, match="peers names a device that is none of the 1"):
         Gpus(devices=snapshot.devices, cuda="13.0", peers=((0, 1),))
+
+
+def test_kernels_side_by_side_are_those_of_one_after_the_other(box: sandbox.Sandbox, tmp_path: Path) -> None:
+    def several(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (normed(x, w) @ w.t()).sort(-1).values.cumsum(0).var(1)
+
+    ((gm, inputs, _),) = gpu_graphs.captured(
+        lambda compile: compile(several)(torch.randn(32, 128), torch.randn(128, 64))
+    )
+    names = []
+    for count in (1, 3):
+        job = sandbox.graph_job(gm, inputs)
+        job = Job(job.spec.model_copy(update={"kernel_threads": count}), job.payload)
+        folder = tmp_path / str(count)
+        result = box.submit(job, cache={kind: folder / kind for kind in ("inductor", "triton")}).result()
+        assert result.status is Status.OK and result.leaks.leaks == (), result
+        names.append({str(path.relative_to(folder)) for path in binaries(folder)})  # a hash of all that they depend on
+    assert len(names[0]) >= 3 and names[0] == names[1]
+
+
+def helped(dies: str) -> dict[str, str]:
+    """In a child: who compiled each of four kernels, when the helper that gets the kernel ``dies`` does."""
+    from sandbox.inductor import compat, helpers
+
+    child = os.getpid()
+
+    def compile_one(self: Any, name: str, source: str, device: str = "cuda") -> str:
+        if os.getpid() != child and name == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "wrong":
+            raise ValueError(f"{source} in {'the child' if os.getpid() == child else 'a helper'}")
+        with open(f"made-{name}", "a") as file:
+            file.write("child " if os.getpid() == child else "helper ")
+        return name
+
+    told: dict[str, str] = {}
+    with compat.replaced(compat.AsyncCompile, "triton", compile_one), helpers.side_by_side(2):
+        compiler = compat.AsyncCompile()
+        made = {name: compiler.triton(name, "source") for name in ("one", "two", "three", "four", "wrong")}
+        for name, future in made.items():
+            try:
+                assert future.result() == name
+                told[name] = Path(f"made-{name}").read_text()
+            except ValueError as error:
+                told[name] = str(error)
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        told["left"] = "none"
+    return told
+
+
+@pytest.mark.parametrize("dies", ["", "two"])
+def test_a_helper_that_dies_or_fails_is_no_trouble(box: sandbox.Sandbox, dies: str) -> None:
+    result = box.submit(sandbox.callable_job(helped, dies)).result()
+    assert result.status is Status.OK, result.detail
+    found = result.value
+    assert found.pop("left") == "none" and found.pop("wrong") == "source in the child"
+    assert set(found) == {"one", "two", "three", "four"}
+    # What a dead helper had before it, it may have done; what it had after it, only the child has.
+    assert all(text.endswith("child ") and text.count("child") == 1 for text in found.values())
+    if dies:
+        assert found["two"] == "child " and found["one"] == "helper child "
+    else:
+        assert all(text == "helper child " for text in found.values())
 
 
 #: Models of the corpus. (That all of them have more than 1,000 kernels was seen; these take a minute.)

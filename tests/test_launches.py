@@ -1,6 +1,6 @@
 """Direct launches of Triton kernels: compiled in a child, found by Triton in its own cache.
 
-There is no GPU here: Triton is told that there is an H100, and kernels are warmed up, which is a launch without its end.
+Triton is told that there is an H100, and kernels are warmed up, which is a launch without its end.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ LAYERS = """
     triton inductor
     triton.kernel inductor.compat inductor.budget inductor.failures inductor.philox inductor.totals
     inductor.counting inductor.devices inductor.eager inductor.expressions inductor.groups inductor.identity
+    inductor.helpers
     inductor.kernels inductor.logs inductor.registrations inductor.tensors inductor.workers inductor.deferred
     inductor.constants inductor.inflight inductor.outputcode inductor.cached inductor.traced
     inductor.pickling

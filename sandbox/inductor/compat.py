@@ -152,6 +152,8 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.codecache:_HEADER_LOCK_DIR",
     "torch._inductor.async_compile:AsyncCompile.use_process_pool",
     "torch._inductor.async_compile:AsyncCompile.pool",
+    "torch._inductor.async_compile:AsyncCompile.triton",
+    "torch._inductor.codecache:LambdaFuture",
     "torch._inductor.async_compile:maybe_warm_pool",
     "torch._inductor.codecache:FxGraphCache._save_graph",
     "torch._inductor.codecache:FxGraphCache.prepare_key",

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from sandbox.errors import UnserializableError
-from sandbox.inductor import aoti, compat, counting, kernels, logs, payload, registrations, reply
+from sandbox.inductor import aoti, compat, counting, helpers, kernels, logs, payload, registrations, reply
 
 #: Inductor's caches on other machines: a child has no network, and asking for it would end the job.
 _REMOTE: Final = (
@@ -54,6 +54,7 @@ def run(
         stack.enter_context(private_folders())
         stack.enter_context(request.contexts())
         stack.enter_context(threads(kernel_threads))
+        stack.enter_context(helpers.side_by_side(kernel_threads))
         stack.enter_context(compat.inductor_config.patch(settings(config_overrides, kernel_threads)))
         # Inductor's own default lies below the current folder.
         root = debug_root or request.settings["debug_root"]

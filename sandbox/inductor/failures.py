@@ -21,7 +21,7 @@ _OTHERS: Final = frozenset(
         "torch._inductor.exc.GPUTooOldForTriton",
         "torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode",
         "torch.fx.experimental.symbolic_shapes.PendingUnbackedSymbolNotFound",
-        # By the first and the last of these an autotuner of Triton's knows a configuration that does not fit (3.6, 3.7).
+        # Of Triton 3.6 and 3.7. By the first and the last its autotuner knows a configuration that does not fit.
         "triton.compiler.errors.CompileTimeAssertionFailure",
         "triton.compiler.errors.UnsupportedLanguageConstruct",
         "triton.runtime.errors.OutOfResources",
