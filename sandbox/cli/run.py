@@ -175,6 +175,9 @@ def summary(stats: Stats, report: Path | None = None) -> str:
         f"{stats.eager} run uncompiled",
         f"{stats.children_started} children, {leaks} leaks",
     ]
+    if stats.launches:
+        told = ", ".join(f"{count} {where.replace('_', ' ')}" for where, count in sorted(stats.launches.items()))
+        words.append(f"kernels of launches: {told}")
     if stats.pending or stats.kept:
         kept = sum(stats.kept.values())
         words.append(f"{stats.switched} exchanged for better code, {kept} not, {stats.pending} under way")
