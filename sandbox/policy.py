@@ -176,8 +176,9 @@ class Policy(_Model):
     """Kernels of one job that are built side by side, a count. 0 means one per usable core, at most 8, divided by the
     jobs that run when it begins."""
     gpu: bool = True
-    """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live). In
-    this version a graph for a GPU needs it; without it the graph is `unserializable` (`gpu_not_granted`)."""
+    """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live). If
+    false, a child of a graph for a GPU is told of the service's (`sandbox.gpus`), and has none; what only a real one can
+    answer, such as which of two kernels is faster, is `unserializable` (`needs_gpu`)."""
     triton_launches: bool = True
     """Whether what a direct launch of a Triton kernel has to compile (`kernel[grid](...)`, outside of any graph) is
     compiled in a child, too. If false, Triton compiles it in the serving process, as without the sandbox."""

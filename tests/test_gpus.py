@@ -127,6 +127,41 @@ def test_a_question_whose_error_was_swallowed_is_told(box: sandbox.Sandbox) -> N
     assert "needs_gpu: the compile asks for torch.cuda.synchronize" in result.value, result.detail
 
 
+def test_a_graph_of_the_service_goes_to_a_child_without_a_gpu(
+    box: sandbox.Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `gpu = false`. There is no GPU here either, so the service's is one that was recorded."""
+    from sandbox.inductor import compat, devices, scheme
+    from sandbox.policy import load
+
+    facts = recorded("cuda:90")
+    monkeypatch.setattr(devices, "here", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(scheme, "Sandbox", lambda policy: box)
+    monkeypatch.setattr(scheme, "cache_folders", lambda: {kind: tmp_path / kind for kind in ("inductor", "triton")})
+    gm, inputs = graph_of_normed()
+    kwargs = {
+        "cudagraphs": compat.BoxedBool(False), "static_input_idxs": (), "is_backward": False, "graph_id": None,
+        "cpp_wrapper": False, "aot_mode": False, "is_inference": True, "layout_opt": None,
+        "extern_node_serializer": None, "boxed_forward_device_index": None,
+    }  # fmt: skip
+    policy = load("default").model_copy(update={"gpu": False})
+    compile_ = scheme._Compile(scheme.Scheme(policy, "subprocess"), gm, inputs, (), kwargs, None)
+    with compat.tracing(compat.TracingContext(compat.detect_fake_mode(inputs))):
+        value, _, result = compile_._walk(compile_._way(lambda value, _: value))
+    assert result.status is Status.OK and value, result
+    assert binaries(tmp_path) and all(is_for(path, 90) for path in binaries(tmp_path))
+
+    def none() -> Gpus:
+        raise RuntimeError("no GPU that this PyTorch can use")
+
+    monkeypatch.setattr(devices, "here", none)
+    with compat.tracing(compat.TracingContext(compat.detect_fake_mode(inputs))):
+        value, step, result = compile_._walk(compile_._way(lambda value, _: value))
+    assert (value, step, result.status) == (None, "in_process", Status.UNSERIALIZABLE)
+    assert "gpu_facts: RuntimeError: no GPU that this PyTorch can use" in result.detail
+
+
 def test_what_is_refused_before_anything_starts() -> None:
     gm, inputs = graph_of_normed()
     with pytest.raises(JobError, match="no snapshot of a GPU was recorded for 'cuda:75'"):

@@ -41,13 +41,18 @@ def present() -> bool:
 
 
 def here() -> Gpus:
-    """The GPUs that this process sees, for jobs that have none. Initialises CUDA.
+    """The GPUs that this process sees, for jobs that have none. Initialises CUDA. The devices are looked at once in a
+    process, since they do not change.
 
     Raises:
         RuntimeError: there are none, or CUDA does not start.
         pydantic.ValidationError: the driver tells of one that cannot be.
     """
-    count = torch.cuda.device_count()
+    return _devices(torch.cuda.device_count()).model_copy(update={"current": torch.cuda.current_device()})
+
+
+@functools.cache
+def _devices(count: int) -> Gpus:
     if not count:
         raise RuntimeError("there is no GPU here that this PyTorch can use")
     devices = []
@@ -60,7 +65,6 @@ def here() -> Gpus:
     pairs = ((one, other) for one in range(count) for other in range(count) if one != other)
     return Gpus(
         devices=tuple(devices),
-        current=torch.cuda.current_device(),
         cuda=torch.version.cuda or "",
         peers=tuple(pair for pair in pairs if torch.cuda.can_device_access_peer(*pair)),
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import torch
+from pydantic import ValidationError
 
 from sandbox import fallback
 from sandbox.errors import (
@@ -29,11 +30,13 @@ from sandbox.errors import (
     UnserializableError,
 )
 from sandbox.executor import Sandbox
+from sandbox.gpus import Gpus
 from sandbox.inductor import (
     aoti,
     cached,
     compat,
     deferred,
+    devices,
     eager,
     identity,
     kernels,
@@ -185,9 +188,14 @@ class _Compile:
         return self._waited_for()
 
     @functools.cached_property
+    def device(self) -> torch.device | None:
+        """The GPU that it is compiled for, or None."""
+        return _device(self.gm, self.example_inputs)
+
+    @functools.cached_property
     def target(self) -> str:
         """What it is compiled for."""
-        return _target(self.gm, self.example_inputs)
+        return _target(self.device)
 
     def _waited_for(self) -> Any:
         """The modes `subprocess` and `serialize`."""
@@ -250,9 +258,7 @@ class _Compile:
 
     def _attempt(self, step: fallback.ChildStep, *, way: Way) -> tuple[Any, JobResult]:
         """One child. Returns what ``way`` makes of its reply, or None, and how the child ended."""
-        target = self.target
-        if target != "cpu" and not self.policy.gpu:
-            raise UnserializableError("gpu_not_granted", f"a graph for {target}, and the policy says gpu = false")
+        target, gpus = self.target, self._gpus()
         if aoti.wanted():
             aoti.check_sendable(self.graph_kwargs, target)
         self.scheme.refused.check(self.gm)
@@ -266,6 +272,7 @@ class _Compile:
             confinement=self.policy.confinement,
             target=target,
             gpu=self.policy.gpu and target != "cpu",
+            gpus=gpus,
             kernel_threads=sandbox.kernel_threads,
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
@@ -282,6 +289,17 @@ class _Compile:
         if result.status is Status.UNSERIALIZABLE:
             self.scheme.refused.note(self.gm, result.detail)
         return output, result
+
+    def _gpus(self) -> Gpus | None:
+        """What a child without a GPU is told of those here; None if it needs to know of none, or gets them."""
+        if self.device is None or self.policy.gpu:
+            return None
+        if torch.version.hip:
+            raise UnserializableError("gpu_not_granted", f"a graph for {self.target}, and the policy says gpu = false")
+        try:
+            return devices.here().model_copy(update={"current": self.device.index or 0})
+        except (RuntimeError, ValidationError) as error:
+            raise UnserializableError("gpu_facts", f"{type(error).__name__}: {error}") from error
 
     def _encoded(self) -> bytes:
         """The payload. Made once: whoever compiles may change the graph later."""
@@ -436,16 +454,23 @@ class _Compile:
         return eager.eager_class()(self.gm)
 
 
-def _target(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> str:
-    """What the graph is compiled for: `cpu`, or `cuda:CAPABILITY` of the first tensor on a GPU."""
+def _device(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> torch.device | None:
+    """That of the first tensor on a GPU."""
     made = (node.meta.get("val") for node in gm.graph.nodes)
     for value in (*example_inputs, *made):
         if isinstance(value, torch.Tensor) and value.device.type == "cuda":
-            if torch.version.hip:
-                return f"hip:{torch.cuda.get_device_properties(value.device).gcnArchName.partition(':')[0]}"
-            major, minor = torch.cuda.get_device_capability(value.device)
-            return f"cuda:{major}{minor}"
-    return "cpu"
+            return value.device
+    return None
+
+
+def _target(device: torch.device | None) -> str:
+    """`cpu`, `cuda:CAPABILITY`, or `hip:ARCH`."""
+    if device is None:
+        return "cpu"
+    if torch.version.hip:
+        return f"hip:{torch.cuda.get_device_properties(device).gcnArchName.partition(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{major}{minor}"
 
 
 def cache_folders() -> dict[str, Path]:
