@@ -177,8 +177,8 @@ class Policy(_Model):
     jobs that run when it begins."""
     gpu: bool = True
     """Whether children may hold a CUDA context of their own (about 520 MiB of GPU memory each, while they live). If
-    false, a child of a graph for a GPU is told of the service's (`sandbox.gpus`), and has none; what only a real one can
-    answer, such as which of two kernels is faster, is `unserializable` (`needs_gpu`)."""
+    false, a child of a graph for a GPU is told of the service's (`sandbox.gpus`), and has none; what only a real one
+    can answer, such as which of two kernels is faster, is `unserializable` (`needs_gpu`)."""
     triton_launches: bool = True
     """Whether what a direct launch of a Triton kernel has to compile (`kernel[grid](...)`, outside of any graph) is
     compiled in a child, too. If false, Triton compiles it in the serving process, as without the sandbox."""

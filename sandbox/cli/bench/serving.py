@@ -16,12 +16,14 @@ from sandbox.policy import load
 
 #: First answers of each kind, a count.
 FIRSTS: Final = 3
+LONG_FIRSTS: Final = 2
 #: Pairs of compiles during which requests are served, a count.
 PAIRS: Final = 2
 #: Seconds of serving without a compile, before and after each pair.
 QUIET_SECONDS: Final = 1.5
-#: (batch, width, layers) of what is asked for a first answer: one request of a batch job.
+#: (batch, width, layers) of what is asked for a first answer: one request of a batch job, and one eight times as long.
 LARGE: Final = (2048, 1024, 8)
+LONG: Final = (16384, 1024, 8)
 #: The same of what is served, and of what is compiled meanwhile.
 SERVED: Final = (64, 256, 4)
 COMPILED: Final = (32, 192, 6)
@@ -49,7 +51,10 @@ def measure(task: dict[str, Any]) -> Answer:
         raise RuntimeError("install() has installed nothing")
     scheme.sandbox.wait_ready()
     with torch.no_grad():
-        _first_answers(answer, random.Random(task["seed"]))
+        order = random.Random(task["seed"])
+        # The first of each is not measured: it pays lazy imports.
+        _first_answers(answer, order, LARGE, FIRSTS, unmeasured=1)
+        _first_answers(answer, order, LONG, LONG_FIRSTS, suffix=", long request")
         _to_core(cores[1], scheme.sandbox.forkserver_pid)
         _throughput(answer, cores[0])
     if (stats := sandbox.stats()).in_child != stats.graphs:
@@ -66,7 +71,9 @@ def _to_core(core: int, forkserver: int | None) -> None:
                 os.sched_setaffinity(int(thread), [core])
 
 
-def _first_answers(answer: Answer, order: random.Random) -> None:
+def _first_answers(
+    answer: Answer, order: random.Random, size: tuple[int, int, int], count: int, unmeasured: int = 0, suffix: str = ""
+) -> None:
     """Time to the first answer of a model that is new, in four ways."""
     import torch
 
@@ -80,8 +87,8 @@ def _first_answers(answer: Answer, order: random.Random) -> None:
         "async": lambda model: torch.compile(model, dynamic=False),
     }
     values: dict[str, list[float]] = {way: [] for way in ways}
-    batch, width, layers = LARGE
-    for number in range(FIRSTS + 1):  # the first of each is not measured: it pays lazy imports
+    batch, width, layers = size
+    for number in range(unmeasured + count):
         for way in order.sample(sorted(ways), len(ways)):
             model = Block(width, layers).eval()
             x = torch.randn(batch + number, width)
@@ -90,12 +97,12 @@ def _first_answers(answer: Answer, order: random.Random) -> None:
             started = time.perf_counter()
             found = ways[way](model)(x)
             seconds = time.perf_counter() - started
-            if number:
+            if number >= unmeasured:
                 values[way].append(seconds * 1000)
-            answer.check(f"first answer, {way}", [([found], [expected])])
+            answer.check(f"first answer, {way}{suffix}", [([found], [expected])])
             wait(answer)
     for way, told in values.items():
-        answer.add("async", "", "ms to the first answer", told, scheme=way)
+        answer.add("async", "", "ms to the first answer", told, scheme=way + suffix)
 
 
 def _throughput(answer: Answer, core: int) -> None:

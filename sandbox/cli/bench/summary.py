@@ -38,6 +38,7 @@ BARS: Final = (
     Bar("jobs", "", "standby", "ms", 5.0),
     Bar("async", "", "async", "ms to the first answer", 1.15, of="eager"),
     Bar("async", "", "async", "ms to the first answer", 1.15, of="aot_eager"),
+    Bar("async", "", "async, long request", "ms to the first answer", 1.15, of="eager, long request"),
     Bar("async", "", "two compiles", "share of throughput", 0.8, at_least=True),
     Bar("crash", "", "after a crash", "seconds", 1.2, of="steady"),
     Bar("idle", "", "forkserver", "wake-ups per second", 0.0),
