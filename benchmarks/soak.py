@@ -4,17 +4,21 @@
 
 Descriptors, threads, semaphores and processes have to be flat, and the resident memory of this process and of the
 forkserver has to grow by less than 1% after the first 1,000 jobs (or half of them), when all rows of the report are
-there. Ends with 1 otherwise. Private memory is shown besides. Semaphores are the host's: nothing else may make some.
+there. Ends with 1 otherwise. Shown besides: private memory, and the heaps of the C library's allocator.
+Semaphores are the host's: nothing else may make some.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import platform
+import re
 import sys
+import tempfile
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -62,6 +66,7 @@ def look(box: Sandbox) -> dict[str, int]:
     box.settle(10.0)
     gc.collect()
     template = box.forkserver_pid or 0
+    heaps, heaps_bytes = _heaps()
     here, there = ledger.take(), ledger.take(template, ipc=False)
     return {
         "descriptors": len(here.fds),
@@ -71,11 +76,26 @@ def look(box: Sandbox) -> dict[str, int]:
         "files": len(os.listdir(box._forkserver.root.path)),
         "resident_bytes": _resident(os.getpid()),
         "private_bytes": sizes(os.getpid())[0],
+        "heaps": heaps,
+        "heaps_bytes": heaps_bytes,
         "forkserver_descriptors": len(there.fds),
         "forkserver_threads": len(there.threads),
         "forkserver_resident_bytes": _resident(template),
         "forkserver_private_bytes": sizes(template)[0],
     }
+
+
+def _heaps() -> tuple[int, int]:
+    """Heaps of the C library's allocator, a count (a thread that finds all locked makes another), and their bytes."""
+    libc = ctypes.CDLL(None)
+    libc.fdopen.restype = ctypes.c_void_p
+    with tempfile.TemporaryFile() as file:
+        stream = ctypes.c_void_p(libc.fdopen(os.dup(file.fileno()), b"w"))
+        libc.malloc_info(0, stream)
+        libc.fclose(stream)
+        file.seek(0)
+        text = file.read().decode()
+    return text.count("<heap "), int(re.findall(r'<system type="current" size="(\d+)"', text)[-1])
 
 
 def _resident(pid: int) -> int:

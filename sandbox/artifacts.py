@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sandbox.errors import WireError
-from sandbox.limits import KIB, Limits
+from sandbox.limits import KIB, MIB, Limits
 from sandbox.results import Artifact
 from sandbox.scratch import LockedFolder
 
@@ -29,11 +29,15 @@ FOLDER = "artifacts"
 KINDS = ("inductor", "triton", "aoti", "debug")
 #: In each of the user's cache folders: how the names of folders begin that hold copies which are not whole yet.
 MAKING = ".sandbox-adopting-"
-#: Triton's group files list a dozen names; a larger one is not one of them. Bytes.
-MAX_GROUP = 64 * KIB
+#: What Triton keeps as JSON beside a kernel lists a dozen names, or as many facts; a larger one is not of Triton's. The
+#: service parses it. Bytes.
+MAX_JSON = 64 * KIB
+#: All that a launched kernel hands back, in bytes: Triton keeps its text in memory as long as there is the kernel.
+MAX_LAUNCH = 64 * MIB
 #: Files of one job, a count at most: a graph has tens, and the reply's envelope has an end.
 MAX_FILES = 20_000
 _CHUNK = 1 << 20
+_GROUP = "__grp__"
 
 
 class ArtifactsTooLarge(WireError):
@@ -63,7 +67,13 @@ def manifest(folder: Path) -> tuple[Artifact, ...]:
 
 
 def adopt(
-    artifacts: tuple[Artifact, ...], source: Path, targets: dict[str, Path], limits: Limits, owner: int | None = None
+    artifacts: tuple[Artifact, ...],
+    source: Path,
+    targets: dict[str, Path],
+    limits: Limits,
+    owner: int | None = None,
+    *,
+    replace: bool = False,
 ) -> int:
     """Check every artifact under ``source`` and copy it into ``targets``. All or nothing, as far as checks go.
 
@@ -73,6 +83,8 @@ def adopt(
         targets: folder in the user's cache for each kind; kinds without one are left out.
         limits: `artifact_bytes` bounds the sum.
         owner: uid whose files they have to be; None means this process's.
+        replace: they are the one entry that this job was to make: what is there of it already is of no use, or it would
+            not have been made, and goes. Without it what is there stays.
 
     Returns:
         The bytes that were taken over.
@@ -87,6 +99,8 @@ def adopt(
     total = sum(artifact.size for artifact in artifacts)
     if total > limits.artifact_bytes:
         raise ArtifactsTooLarge(f"artifacts of {total} bytes, limits.artifact_bytes allows {limits.artifact_bytes}")
+    if replace and total > MAX_LAUNCH:
+        raise ArtifactsTooLarge(f"artifacts of {total} bytes for one kernel; {MAX_LAUNCH} are the most")
     owner = os.geteuid() if owner is None else owner
     names = {artifact.path for artifact in artifacts}
     copies: list[tuple[Path, Path]] = []
@@ -97,7 +111,9 @@ def adopt(
             if kind not in targets:
                 continue
             target = targets[kind] / rest
-            if _kept(target):
+            if kind == "triton" and target.suffix == ".json" and artifact.size > MAX_JSON:
+                raise WireError(f"artifact {artifact.path!r} has {artifact.size} bytes; {MAX_JSON} are the most")
+            if not replace and _kept(target):
                 continue
             # The job chooses the names below `debug`: one that cannot be made is its fault, not ours.
             try:
@@ -110,10 +126,14 @@ def adopt(
                 making[kind] = LockedFolder(targets[kind], MAKING)
             copy = _copy(artifact, source, making[kind].path / str(len(copies)), owner)
             copies.append((copy, target))
-            if kind == "triton" and target.name.startswith("__grp__"):
+            if kind == "triton" and target.name.startswith(_GROUP):
                 _relocate_group(copy, artifact.path, target.parent, names)
-        for copy, target in copies:
-            _place(copy, target)
+        # The group last: with it the entry is there.
+        for copy, target in sorted(copies, key=lambda pair: pair[1].name.startswith(_GROUP)):
+            if replace:
+                os.replace(copy, target)
+            else:
+                _place(copy, target)
     finally:
         for folder in making.values():
             folder.remove()
@@ -208,16 +228,17 @@ def _relocate_group(copy: Path, path: str, folder: Path, names: set[str]) -> Non
 
     Source: `FileCacheManager.put_group` in triton/runtime/cache.py (3.6, 3.7).
     """
-    parent = path.rpartition("/")[0]
+    parent, _, own = path.rpartition("/")
     try:
-        if copy.stat().st_size > MAX_GROUP:
-            raise ValueError(f"larger than {MAX_GROUP} bytes")
         children = {}
         for name, child in json.loads(copy.read_bytes())["child_paths"].items():
             file = str(child).rpartition("/")[2]
             if f"{parent}/{file}" not in names:
                 raise ValueError(f"it names {file!r}, which the job does not hand back")
             children[str(name)] = str(folder / file)
+        # Without it Triton takes the entry for missing, and nobody would ever make it again.
+        if own.removeprefix(_GROUP) not in children:
+            raise ValueError(f"it does not name {own.removeprefix(_GROUP)!r}")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise WireError(f"artifact {path!r} is not a Triton group file: {error}") from None
     copy.write_text(json.dumps({"child_paths": children}))

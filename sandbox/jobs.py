@@ -85,12 +85,20 @@ class _JobBase(_Model):
     """The whole environment of the child, already reduced to the policy's allow-list. If it is not given,
     `Sandbox.submit` fills in what the policy lets through."""
 
+    def admits(self, path: str) -> bool:
+        """Whether a file of this path, as of `sandbox.results.Artifact`, is taken over from the job."""
+        return True
+
     @field_validator("target")
     @classmethod
     def _known_target(cls, value: str) -> str:
         if not _TARGET.fullmatch(value):  # not match: `$` would let a newline through
             raise ValueError("must be 'cpu', 'cuda:CAPABILITY[:WARP]' (for example 'cuda:90') or 'hip:ARCH'")
         return value
+
+
+#: Endings of the files of a kernel in Triton's cache (3.6, 3.7).
+_STAGES = ("json", "source", "ttir", "ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
 
 
 class FxGraphSpec(_JobBase):
@@ -139,6 +147,18 @@ class TritonLaunchSpec(_JobBase):
     `sandbox.inductor.launch`. The compiled kernel comes back as files of Triton's cache."""
 
     kind: Literal["triton_launch"] = "triton_launch"
+
+    entry: Annotated[str, Field(pattern=r"^[A-Z2-7]{52}$")]
+    """Name of the entry in Triton's cache that is to be made, which is a folder."""
+
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,149}$")]
+    """Name of the function, by which the entry's files are called."""
+
+    def admits(self, path: str) -> bool:
+        """Only what belongs to that entry: what Triton makes of the function on the way to the GPU's code."""
+        folder, _, name = path.rpartition("/")
+        known = (f"__grp__{self.function}.json", *(f"{self.function}.{ending}" for ending in _STAGES))
+        return folder == f"triton/{self.entry}" and name in known
 
 
 class CallableSpec(_JobBase):

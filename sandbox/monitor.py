@@ -35,7 +35,7 @@ from sandbox.enforce import identity
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import ForkserverError, WireError
 from sandbox.forkserver import SHORTAGES, Forkserver
-from sandbox.jobs import CallableSpec, Job
+from sandbox.jobs import CallableSpec, Job, TritonLaunchSpec
 from sandbox.keeper import KILL, KILL_WITH_STACKS
 from sandbox.launch import KILL_SECONDS, Launched, check_closed, launch, only_init_lives, see_dead
 from sandbox.meter import survey
@@ -504,8 +504,10 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
         try:
             user = identity.user_of(spec.confinement)
             owner = None if user is None else user.uid
-            artifacts.adopt(reply.artifacts, watch.child.folder / artifacts.FOLDER, targets, spec.limits, owner)
-            adopted = reply.artifacts
+            wanted = tuple(artifact for artifact in reply.artifacts if spec.admits(artifact.path))
+            folder = watch.child.folder / artifacts.FOLDER
+            artifacts.adopt(wanted, folder, targets, spec.limits, owner, replace=isinstance(spec, TritonLaunchSpec))
+            adopted = wanted
         except artifacts.ArtifactsTooLarge as error:
             status, detail, value = Status.OUTPUT_LIMIT, str(error), None
         except WireError as error:

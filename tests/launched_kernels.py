@@ -2,7 +2,9 @@
 
 import triton
 import triton.language as tl
+from triton.language import constexpr
 
+WIDTH = 32
 SCALE = tl.constexpr(3)
 
 
@@ -53,3 +55,20 @@ def made_here():
         tl.store(places, tl.load(places) + offset)
 
     return inner
+
+
+@triton.jit
+def max(a, b):  # one of this name is Triton's as well
+    return a * 3 + b
+
+
+@triton.jit
+def larger(x_ptr, BLOCK: tl.constexpr):
+    places = x_ptr + tl.arange(0, BLOCK)
+    tl.store(places, max(tl.load(places), 1.0))
+
+
+@triton.jit
+def with_default(x_ptr, BLOCK: constexpr = WIDTH):
+    places = x_ptr + tl.arange(0, BLOCK)
+    tl.store(places, tl.load(places).to(tl.float32) * 2)

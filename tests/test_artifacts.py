@@ -30,7 +30,10 @@ def job(tmp_path: Path) -> Path:
         GOOD: "a kernel",
         "inductor/ab/cabc.py": "source",
         "triton/KEY/add.cubin": "binary",
-        GROUP: json.dumps({"child_paths": {"add.cubin": "/scratch/of/the/job/KEY/add.cubin"}}),
+        "triton/KEY/add.json": "{}",
+        GROUP: json.dumps(
+            {"child_paths": {name: f"/scratch/of/the/job/KEY/{name}" for name in ("add.cubin", "add.json")}}
+        ),
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
@@ -58,7 +61,7 @@ def test_files_arrive_whole_with_modes_of_ours_and_the_group_relocated(job: Path
     assert stat.S_IMODE(kernel.stat().st_mode) == 0o700
     assert kernel.stat().st_ino != (job / GOOD).stat().st_ino, "the job may hold the inode open"
     group = json.loads((cache["triton"] / "KEY" / "__grp__add.json").read_text())
-    assert group == {"child_paths": {"add.cubin": str(cache["triton"] / "KEY" / "add.cubin")}}
+    assert group == {"child_paths": {n: str(cache["triton"] / "KEY" / n) for n in ("add.cubin", "add.json")}}
 
 
 def test_a_file_that_is_there_is_kept(job: Path, cache: dict[str, Path]) -> None:
@@ -67,6 +70,29 @@ def test_a_file_that_is_there_is_kept(job: Path, cache: dict[str, Path]) -> None
     there.write_text("another process has this mapped")
     artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
     assert there.read_text() == "another process has this mapped"
+
+
+def test_the_entry_that_a_job_was_to_make_replaces_what_is_there(job: Path, cache: dict[str, Path]) -> None:
+    entry = cache["triton"] / "KEY"
+    entry.mkdir(parents=True)
+    (entry / "add.cubin").write_text("planted")
+    (entry / "__grp__add.json").write_text("")
+    files = tuple(file for file in artifacts.manifest(job) if file.path.startswith("triton/"))
+    artifacts.adopt(files, job, cache, Limits(), replace=True)
+    assert (entry / "add.cubin").read_text() == "binary"
+    assert "add.cubin" in json.loads((entry / "__grp__add.json").read_text())["child_paths"]
+
+
+def test_what_the_service_would_have_to_parse_or_keep_is_bounded(
+    job: Path, cache: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job / "triton/KEY/add.json").write_text("[" + "[]," * artifacts.MAX_JSON)
+    with pytest.raises(WireError, match="65536 are the most"):
+        artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
+    monkeypatch.setattr(artifacts, "MAX_LAUNCH", 100_000)
+    with pytest.raises(artifacts.ArtifactsTooLarge, match="for one kernel; 100000 are the most"):
+        artifacts.adopt(artifacts.manifest(job), job, cache, Limits(), replace=True)
+    assert not everything(cache["inductor"].parent)
 
 
 def test_what_stands_in_the_way_of_a_file(job: Path, cache: dict[str, Path]) -> None:
@@ -138,7 +164,7 @@ def test_what_changed_after_the_manifest_is_refused_and_nothing_appears(
 @pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", '{"child_paths": {"x": "/etc/passwd"}}', "x" * 100_000])
 def test_a_hostile_group_file_is_refused(job: Path, cache: dict[str, Path], text: str) -> None:
     (job / GROUP).write_text(text)
-    with pytest.raises(WireError, match="not a Triton group file"):
+    with pytest.raises(WireError, match="not a Triton group file|65536 are the most"):
         artifacts.adopt(artifacts.manifest(job), job, cache, Limits())
     assert everything(cache["inductor"].parent) == set()
 

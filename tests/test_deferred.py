@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ import torch.nn.functional as F  # noqa: E402
 from inductor_harness import Template  # noqa: E402
 
 import sandbox  # noqa: E402
-from sandbox.inductor import compat, deferred, expressions, install, kernels, later, reply, scheme, workers  # noqa: E402
+from sandbox.inductor import compat, deferred, expressions, install, kernels, later, reply, scheme, traced, workers  # noqa: E402
 from sandbox.policy import ForkserverSettings, Policy, QuarantineSettings  # noqa: E402
 from sandbox.report import Recorder, Stats  # noqa: E402
 from sandbox.results import Failure, JobResult, LeakReport, Status  # noqa: E402
@@ -274,6 +275,108 @@ def test_until_then_the_program_runs_as_it_was_written(start: Start) -> None:
     box.next().fails(Status.COMPILE_ERROR)
     assert settled()["kept"] == {"compile_error": 1}
     assert "aten::native_layer_norm" in _operators(lambda: compiled(torch.randn(8, 6))), "no better code, so as before"
+
+
+class _Doubled(torch.overrides.TorchFunctionMode):
+    """A mode of the caller's, which Dynamo traces through."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        return made * 2 if function is torch.sin else made
+
+
+def test_a_mode_of_the_caller_acts_once(start: Start) -> None:
+    start()
+    x = torch.randn(6, 6)
+    compiled = torch.compile(lambda x: F.layer_norm(x.sin(), (6,)) + torch.sin(x))
+    with _Doubled():
+        want = F.layer_norm(x.sin(), (6,)) + torch.sin(x)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), want)
+
+
+def test_an_error_between_switches_leaves_the_callers_state(start: Start) -> None:
+    start()
+
+    def looked_up(index: Any, table: Any) -> Any:
+        with torch.no_grad():
+            found = F.embedding(index, table)
+        return found * 2
+
+    table = torch.randn(4, 3)
+    compiled = torch.compile(looked_up)
+    torch.testing.assert_close(compiled(torch.tensor([1, 3]), table), table[[1, 3]] * 2)
+    for _ in range(2):
+        with pytest.raises((IndexError, RuntimeError), match=OUT):
+            compiled(torch.tensor([1, 9]), table)
+        assert torch.is_grad_enabled()
+    torch.testing.assert_close(compiled(torch.tensor([1, 3]), table), table[[1, 3]] * 2)
+
+
+def test_a_program_that_only_its_decomposition_can_run() -> None:
+    asked: list[bool] = []
+
+    def no_kernel(x: Any) -> Any:
+        asked.append(True)
+        raise NotImplementedError("no kernel for this device")
+
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(no_kernel, (graph.placeholder("x"),)))
+    gm, code, x = torch.fx.GraphModule({}, graph), SimpleNamespace(unchanged=True), torch.ones(3)
+    run = traced._switch(gm, lambda x: x * 2, traced._Made(code, usable=True, again=True))
+    for _ in range(2):
+        assert torch.equal(run(x), x * 2)
+    assert len(asked) == 1
+    run = traced._switch(gm, lambda x: x * 2, traced._Made(code, usable=True, again=False))
+    with pytest.raises(NotImplementedError, match="no kernel for this device"):
+        run(x)
+
+
+def test_inputs_that_are_written_to_and_views(start: Start) -> None:
+    start()
+    for function in (_writes, _views):
+        one, other = (torch.linspace(0, 1, 35).reshape(5, 7) for _ in range(2))
+        found, want = torch.compile(function)(one), function(other)
+        torch.testing.assert_close((found, one), (want, other))
+        assert found[1].untyped_storage().data_ptr() == found[-1].untyped_storage().data_ptr()
+
+
+def test_a_backend_that_changes_the_graph_before_it_asks_inductor(start: Start) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    start()
+    x = torch.linspace(-1, 1, 6)
+
+    def changed(gm: Any, inputs: Any, **options: Any) -> Any:
+        for node in gm.graph.nodes:
+            if node.target is torch.ops.aten.relu.default:
+                node.target = torch.ops.aten.sigmoid.default
+        gm.recompile()
+        return compile_fx_inner(gm, inputs, **options)
+
+    def ask(gm: Any, inputs: Any) -> Any:
+        return changed(gm, inputs, is_inference=True)
+
+    backends = {
+        "its own": aot_autograd(fw_compiler=ask),
+        "inductor's": lambda gm, inputs: compile_fx(gm, inputs, inner_compile=changed),
+    }
+    for name, backend in backends.items():
+        torch._dynamo.reset()
+        with torch.no_grad():
+            found = torch.compile(lambda x: torch.relu(x) + 1, backend=backend)(x)
+        assert torch.allclose(found, torch.sigmoid(x) + 1), name
+
+
+def test_a_frozen_program_runs_as_it_was_traced(start: Start) -> None:
+    start()
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)).eval()
+    x = torch.randn(4, 6)
+    with torch.no_grad(), compat.inductor_config.patch(freezing=True, freezing_discard_parameters=True):
+        want = model(x)
+        for _ in range(2):
+            torch.testing.assert_close(torch.compile(model)(x), want)
 
 
 def test_what_draws_random_numbers_or_has_a_backward_pass_runs_as_it_was_traced(start: Start) -> None:

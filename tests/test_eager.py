@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from sandbox.errors import CompileFailed  # noqa: E402
 from sandbox.inductor import compat, eager, kernels, philox  # noqa: E402
 from sandbox.inductor.identity import graph_digest, made_for, quarantine_key  # noqa: E402
-from sandbox.inductor.scheme import starved  # noqa: E402
+from sandbox.inductor.walk import starved  # noqa: E402
 from sandbox.limits import Limits  # noqa: E402
 from sandbox.policy import Policy  # noqa: E402
 from sandbox.results import JobResult, LeakReport, Status, Usage  # noqa: E402
@@ -214,7 +214,7 @@ def test_a_refused_eager_says_why() -> None:
         scheme.close()
         three = _Compile(scheme, _graph_on("cpu"), [torch.ones(1)], [], {}, None)
         three._encoded = lambda: b"x"  # type: ignore[method-assign]
-        output, result = three._attempt("first", three._way(three._load))
+        output, result = three._attempt("first", way=three._way(three._load))
         assert output is None and result.status == "sandbox_error" and "closed" in result.detail
     finally:
         scheme.close()

@@ -243,6 +243,25 @@ def test_a_helper_that_dies_or_fails_is_no_trouble(box: sandbox.Sandbox, dies: s
         assert all(text == "helper child " for text in found.values())
 
 
+def crowded(count: int) -> int:
+    """In a child: so many kernels with long sources for two helpers, all given before the first is waited for."""
+    from sandbox.inductor import compat, helpers
+
+    with (
+        compat.replaced(compat.AsyncCompile, "triton", lambda self, name, source, device="cuda": len(source)),
+        helpers.side_by_side(2),
+    ):
+        compiler = compat.AsyncCompile()
+        made = [compiler.triton(f"kernel_{number}", "x" * 10_000) for number in range(count)]
+        return sum(future.result() for future in made)
+
+
+def test_helpers_of_a_graph_with_very_many_kernels(box: sandbox.Sandbox) -> None:
+    """More answers than a socket holds, while the child still gives out kernels."""
+    result = box.submit(sandbox.callable_job(crowded, 3000)).result()
+    assert (result.status, result.value) == (Status.OK, 30_000_000), result.detail
+
+
 #: Models of the corpus. (That all of them have more than 1,000 kernels was seen; these take a minute.)
 MODELS = ("llama", "gpt2", "bert", "vit", "mixer", "lennard-jones")
 

@@ -5,6 +5,8 @@ Triton is told that there is an H100, and kernels are warmed up, which is a laun
 
 from __future__ import annotations
 
+import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
-
-from inductor_harness import Template  # noqa: E402, F401
 
 import sandbox  # noqa: E402
 from sandbox import faults  # noqa: E402
@@ -115,12 +115,14 @@ CASES: dict[str, Callable[[], Any]] = {
         kernels.applied, torch.float32, torch.float32, function=kernels.scaled, BLOCK=64
     ),
     "closure": lambda: launch(kernels.made_here(), torch.float16, BLOCK=64),
+    "a builtin's name": lambda: launch(kernels.larger, torch.float32, BLOCK=64),
+    "defaults and annotations": lambda: launch(kernels.with_default, torch.float32),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_what_triton_would_have_made(
-    box: sandbox.Sandbox, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    box: sandbox.Sandbox, case: str, hits: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit by bit, with the lines of the source in its debug information."""
     children: list[Any] = []
@@ -129,11 +131,13 @@ def test_it_is_what_triton_would_have_made(
     for kernel in vars(kernels).values():
         if isinstance(kernel, triton.runtime.JITFunction):
             kernel.device_caches.clear()
+    made: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(install.installed(), "policy", POLICY.model_copy(update={"triton_launches": False}))
-        own = CASES[case]()
-    assert counted(box, lambda: None) == ({}, 0)
-    assert own.hash == children[0].hash
+        assert counted(box, lambda: made.append(CASES[case]())) == ({}, 0)
+    (own,) = made
+    assert hits == [True, False]
+    assert (own.hash, own.metadata) == (children[0].hash, children[0].metadata)
     for stage in own.asm:
         assert own.asm[stage] == children[0].asm[stage], stage
     assert __file__.rpartition("/")[0] in own.asm["ttir"]
@@ -180,8 +184,8 @@ def test_a_kernel_that_kills_every_child_raises_and_is_quarantined(box: sandbox.
         with faults.inject("sigsegv"), pytest.raises(CompileFailed, match="crashed"):
             add()
 
-    # A kernel cannot run uncompiled, so `eager` of the ladder raises.
-    assert counted(box, work) == ({"raised": 1}, 3)
+    # A kernel has no settings to reduce, and cannot run uncompiled, so `eager` of the ladder raises.
+    assert counted(box, work) == ({"raised": 1}, 2)
 
     def again() -> None:
         with pytest.raises(CompileFailed, match="quarantine"):
@@ -191,6 +195,63 @@ def test_a_kernel_that_kills_every_child_raises_and_is_quarantined(box: sandbox.
     scheme = install.installed()
     assert scheme is not None
     scheme.quarantine.clear()
+
+
+def test_settings_of_triton_hold_in_the_child_too(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that no policy lets through: they are part of the entry's name, so of what is in it."""
+    made: list[Any] = []
+    assert counted(box, lambda: made.append(add())) == ({"in_child": 1}, 1)
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    monkeypatch.setenv("DISABLE_LLVM_OPT", "1")
+    assert "DISABLE_PTXAS_OPT" not in box.environment()
+    kernels.add.device_caches.clear()
+    assert counted(box, lambda: made.append(add())) == ({"in_child": 1}, 1)
+    optimised, plain = (each.asm["ptx"] for each in made)
+    assert made[0].hash != made[1].hash and optimised != plain
+
+
+def entry_of(box: sandbox.Sandbox) -> Path:
+    """That of `add`, without its group: as if the process had lost power, or another folder had been copied there."""
+    add()
+    (entry,) = Path(triton.knobs.cache.dir).iterdir()
+    kernels.add.device_caches.clear()
+    return entry
+
+
+@pytest.mark.parametrize("what", ["group", "facts", "other", "cubin", "count", "huge", "dimensions"])
+def test_an_entry_that_is_of_no_use_is_made_again(box: sandbox.Sandbox, what: str) -> None:
+    entry = entry_of(box)
+    facts = json.loads((entry / "add.json").read_text())
+    if what == "group":
+        (entry / "__grp__add.json").write_text('{"child_paths": {}}')
+    elif what == "cubin":
+        (entry / "add.cubin").unlink()
+    else:
+        text = {
+            "facts": "[",
+            "other": json.dumps({**facts, "hash": "0" * 64}),
+            "count": json.dumps({**facts, "shared": -1}),
+            "huge": json.dumps({**facts, "x": "y" * 100_000}),
+            "dimensions": json.dumps({**facts, "tensordesc_meta": [{"block_size": [1] * 6}]}),
+        }[what]
+        (entry / "add.json").write_text(text)
+    made: list[Any] = []
+    assert counted(box, lambda: made.append(add())) == ({"in_child": 1}, 1)
+    assert made[0].asm["cubin"][:4] == b"\x7fELF" and json.loads((entry / "add.json").read_text()) == facts
+
+
+def test_a_launch_hands_back_its_own_entry_only(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that makes more in Triton's folder, libraries and other kernels among them."""
+    results: list[Any] = []
+    job = box.submit
+    monkeypatch.setattr(box, "submit", lambda *a, **k: results.append(job(*a, **k)) or results[-1])
+    # As if it were another kernel's: what the child makes is none of the files that belong to it.
+    from sandbox.inductor import launches
+
+    spec = launches.TritonLaunchSpec
+    monkeypatch.setattr(launches, "TritonLaunchSpec", lambda **k: spec(**{**k, "entry": "A" * 52}))
+    assert counted(box, add) == ({"in_process": 1}, 2)
+    assert [result.result().artifacts for result in results] == [(), ()]
 
 
 def test_what_cannot_be_sent_is_compiled_in_this_process(
@@ -213,25 +274,69 @@ def test_a_ladder_that_forbids_it_raises(box: sandbox.Sandbox, monkeypatch: pyte
 
 
 def test_an_entry_under_another_name_is_no_answer(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a hostile child would have it: it answers, and hands back nothing that Triton finds."""
+    """As where a child finds another ptxas."""
     from sandbox.inductor import launches
 
     encode = launches.launch.encode
-    monkeypatch.setattr(
-        launches.launch, "encode",
-        lambda kernel, signature, constants, attrs, options, target, variables: encode(
-            kernel, signature, constants, attrs, options, target, {**variables, "other": "1"}
-        ),
-    )  # fmt: skip
-    before = sandbox.stats().in_process_reasons.get("protocol_error", 0)
+
+    def other(
+        kernel: Any, signature: Any, constants: Any, attrs: Any, options: Any, target: Any, variables: Any
+    ) -> Any:
+        target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+        return encode(kernel, signature, constants, attrs, options, target, variables)
+
+    monkeypatch.setattr(launches.launch, "encode", other)
+    before = sandbox.stats().in_process_reasons.get("unserializable: name", 0)
     assert counted(box, add) == ({"in_process": 1}, 2)
-    assert sandbox.stats().in_process_reasons["protocol_error"] == before + 1
+    assert sandbox.stats().in_process_reasons["unserializable: name"] == before + 1
 
 
-def test_without_the_policys_word_and_after_uninstall_triton_compiles(
+def test_a_deadline_of_the_caller_is_the_callers(box: sandbox.Sandbox) -> None:
+    """What its signal handler raises while a launch waits is neither swallowed nor a reason to compile here."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError("the caller's deadline")
+
+    def work() -> None:
+        with faults.inject("hang"), pytest.raises(TimeoutError, match="the caller's deadline"):
+            before = signal.signal(signal.SIGALRM, late)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            try:
+                add()
+            finally:
+                signal.signal(signal.SIGALRM, before)
+
+    assert counted(box, work) == ({}, 1)
+
+
+def test_another_backend_is_told_what_is_known(box: sandbox.Sandbox) -> None:
+    from sandbox.inductor import launches
+
+    add()
+    ((_, _, target, *_),) = kernels.add.device_caches.values()
+    one = launches._Launch.__new__(launches._Launch)
+    one.target = type(target)("xpu", "pvc", 32)
+    with pytest.raises(launches.UnserializableError, match="a kernel for xpu; known are cuda, hip"):
+        one._attempt("first", way=None)  # type: ignore[arg-type]
+
+
+def test_without_the_policys_word_triton_compiles(
     box: sandbox.Sandbox, hits: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = install.installed()
     monkeypatch.setattr(scheme, "policy", POLICY.model_copy(update={"triton_launches": False}))
     assert counted(box, add) == ({}, 0)
     assert hits == [False]
+
+
+def test_uninstall_gives_triton_and_dynamo_their_own_back() -> None:
+    from torch._dynamo.backends.common import AotAutograd
+
+    jit = triton.runtime.JITFunction
+    sandbox.uninstall()
+    before = jit._do_compile, AotAutograd.__call__
+    for _ in range(2):
+        sandbox.install(POLICY, "normal")
+        assert jit._do_compile is not before[0] and AotAutograd.__call__ is not before[1]
+        sandbox.uninstall()
+        assert (jit._do_compile, AotAutograd.__call__) == before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,8 @@ NAMES: Final[Mapping[str, Private]] = {
     "compile_fx": Private("torch._inductor.compile_fx:fx_codegen_and_compile"),
     "compile_fx_inner": Private("torch._inductor.compile_fx:compile_fx_inner"),
     "whole_compile_fx": Private("torch._inductor.compile_fx:compile_fx"),
+    "LazyGraphModule": Private("torch.fx._lazy_graph_module:_LazyGraphModule"),
+    "function_modes": Private("torch._C:_len_torch_function_stack"),
     "AotAutograd": Private("torch._dynamo.backends.common:AotAutograd"),
     "InProcessFxCompile": Private("torch._inductor.compile_fx:_InProcessFxCompile"),
     # How a fake tensor is described and made again.
@@ -128,7 +131,9 @@ NAMES: Final[Mapping[str, Private]] = {
     "set_ptxas_path": Private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path"),
     # Direct launches of Triton kernels, in Triton 3.7: without these names they compile in this process.
     "JITFunction": Private("triton.runtime.jit:JITFunction", ("2.13",)),
+    "compile_launch": Private("triton.runtime.jit:JITFunction._do_compile", ("2.13",)),
     "ASTSource": Private("triton.compiler:ASTSource", ("2.13",)),
+    "CompiledKernel": Private("triton.compiler:CompiledKernel", ("2.13",)),
     "triton_cache": Private("triton.runtime.cache", ("2.13",)),
     "triton_environment": Private("triton._C.libtriton:get_cache_invalidating_env_vars", ("2.13",)),
     "triton_knobs": Private("triton.knobs", ("2.13",)),
@@ -266,6 +271,20 @@ def wrap_aot_autograd(wrap: Callable[[Compile], Compile]) -> Compile:
     before: Compile = backend.__call__
     backend.__call__ = wrap(before)
     return before
+
+
+def is_inductors_own(backend: Any) -> bool:
+    """Whether an `AotAutograd` hands what it makes of an inference program to Inductor, and to nobody else on the way:
+    not to a backend that changes the graph and asks Inductor then. Not with `freezing` either, by which parameters are
+    taken out of the program. As `compile_fx` puts it together in 2.11 and 2.13."""
+    compiler = getattr(getattr(backend, "kwargs", {}).get("inference_compiler"), "compiler_fn", None)
+    function: Any = getattr(compiler, "func", None)
+    if getattr(function, "__module__", "") != "torch._inductor.compile_fx":
+        return False
+    inner: Any = inspect.getclosurevars(function).nonlocals.get("inner_compile")
+    while (around := getattr(inner, "func", None) or getattr(inner, "__wrapped__", None)) is not None:
+        inner = around
+    return getattr(inner, "__module__", "") in ("torch._inductor.compile_fx", "sandbox.inductor.install")
 
 
 def wrap_launches(wrap: Callable[[Compile], Compile]) -> Compile:

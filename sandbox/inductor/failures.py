@@ -32,14 +32,28 @@ _OTHERS: Final = frozenset(
 _CONTROL: Final = "torch._dynamo."
 
 
-def rebuild_exception(failure: Failure) -> BaseException:
+#: Of these and of Triton's own is what a compile of Triton's raises; no server takes one of them for a client that is
+#: gone, or a GPU.
+_BARE: Final = frozenset(
+    {"AssertionError", "AttributeError", "IndexError", "KeyError", "NameError", "NotImplementedError", "RuntimeError",
+     "SyntaxError", "TypeError", "ValueError"}
+)  # fmt: skip
+
+
+def rebuild_exception(failure: Failure, *, bare: bool = False) -> BaseException:
     """An exception of the failure's class with its message, or a RuntimeError that says the same.
+
+    Args:
+        bare: nothing stands between this exception and the caller's code (Dynamo wraps those of a graph), so it is one
+            of Triton's own, or of the few of Python's that say nothing of the world outside.
 
     The class is taken only from `builtins` or from the module of torch or Triton that defines it and that this process
     has imported already; it must be one that says that something failed, and none that Dynamo steers itself by. Its
     `__init__` is not run. The child's traceback is the exception's note.
     """
     cls = _class_of(failure)
+    if bare and cls is not None and cls.__module__.partition(".")[0] != "triton" and cls.__name__ not in _BARE:
+        cls = None
     error: BaseException
     if cls is None:
         error = RuntimeError(f"{failure.module}.{failure.qualname}: {failure.message}")
@@ -65,7 +79,13 @@ def _says(error: BaseException) -> str | None:
 
 def _with_message(cls: type[Exception], message: str) -> BaseException:
     """An instance of ``cls`` whose `str` is ``message`` although the class has a `__str__` of its own."""
-    shown: Any = type(cls.__name__, (cls,), {"__str__": lambda self: message, "__module__": cls.__module__})
+    own = {
+        "__module__": cls.__module__,
+        "__str__": lambda self: message,
+        # The class's own may ask for what only its `__init__` would have set.
+        "__reduce__": lambda self: (RuntimeError, (message,)),
+    }
+    shown: Any = type(cls.__name__, (cls,), own)
     shown.__qualname__ = cls.__qualname__
     made: BaseException = shown.__new__(shown)
     made.args = (message,)

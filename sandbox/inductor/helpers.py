@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sandbox.enforce.privileges import die_with_parent
 from sandbox.inductor import compat
 
 #: Bytes of the length before each kernel.
@@ -27,19 +28,35 @@ _LENGTH = 8
 
 
 class _Helper:
-    """One fork, which compiles one kernel after the other."""
+    """One fork, which compiles one kernel after the other. Its group of processes is its own."""
 
     def __init__(self, work: Callable[[Any], object]) -> None:
-        self._channel, theirs = socket.socketpair()
-        self.pid = os.fork()
+        child = os.getpid()
+        self._kernels, theirs = socket.socketpair()
+        # A pipe: it holds 65,536 answers of a byte, and a helper must never wait for the child, which may wait for it.
+        self._answers, answers = os.pipe()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            for each in (self._kernels, theirs):
+                each.close()
+            for fd in (self._answers, answers):
+                os.close(fd)
+            raise
         if self.pid == 0:
             # Never back into the child's own frames, whatever happens.
             try:
-                self._channel.close()
-                _serve(theirs, work)
+                die_with_parent(signal.SIGKILL, child)
+                os.setpgid(0, 0)
+                self._kernels.close()
+                os.close(self._answers)
+                _serve(theirs, answers, work)
             finally:
                 os._exit(0)
+        with contextlib.suppress(OSError):  # it has done so already, or has ended
+            os.setpgid(self.pid, self.pid)
         theirs.close()
+        os.close(answers)
         self.given = 0
         self.done = 0
 
@@ -47,50 +64,58 @@ class _Helper:
         """One more; returns its number."""
         data = pickle.dumps(kernel)
         with contextlib.suppress(OSError):  # it has died: the child will do it
-            self._channel.sendall(len(data).to_bytes(_LENGTH) + data)
+            self._kernels.sendall(len(data).to_bytes(_LENGTH) + data)
         self.given += 1
         return self.given
 
     def wait(self, number: int) -> None:
         """Until that one is done, or this helper gone."""
         while self.done < number:
-            with contextlib.suppress(OSError):
-                if answers := self._channel.recv(1024):
-                    self.done += len(answers)
-                    continue
-            self.done = sys.maxsize
+            answers = os.read(self._answers, 1024)
+            self.done = self.done + len(answers) if answers else sys.maxsize
 
     def end(self) -> None:
-        """Kill and reap it."""
-        self._channel.close()
-        os.kill(self.pid, signal.SIGKILL)
+        """Kill it, with the ptxas that it may have started, and reap it."""
+        self._kernels.close()
+        os.close(self._answers)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
 
-def _serve(channel: socket.socket, work: Callable[[Any], object]) -> None:
+def _may_fork() -> bool:
+    """Not if another thread may hold a lock that a fork would wait for, and not if this process uses a GPU."""
+    if torch.cuda.is_initialized() or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return len(os.listdir("/proc/self/task")) == 1
+
+
+def _serve(channel: socket.socket, answers: int, work: Callable[[Any], object]) -> None:
     with channel.makefile("rb") as kernels:
         while head := kernels.read(_LENGTH):
             kernel = pickle.loads(kernels.read(int.from_bytes(head)))
             with contextlib.suppress(Exception):  # the child will come to the same
                 work(kernel)
-            channel.sendall(b".")
+            os.write(answers, b".")
 
 
 @contextlib.contextmanager
 def side_by_side(count: int) -> Iterator[None]:
     """Inside the block Inductor's Triton kernels are compiled by up to ``count`` helpers at the same time, which are
-    forked when there are kernels. By none where the child uses a GPU itself, which its forks could not."""
+    forked when there are kernels. By none where the child uses a GPU itself, which its forks could not, or has other
+    threads."""
     compile_one = compat.AsyncCompile.triton
     helpers: list[_Helper] = []
 
     def triton(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
         alone = functools.partial(compile_one, self, kernel_name, source_code, device_str)
-        if torch.cuda.is_initialized() or os.environ.get("TRITON_INTERPRET") == "1":
-            return alone()
         helper = min(helpers, key=lambda one: one.given - one.done, default=None)
-        if helper is None or (len(helpers) < count and helper.given > helper.done):
-            helper = _Helper(lambda kernel: compile_one(self, *kernel))
-            helpers.append(helper)
+        if (helper is None or (len(helpers) < count and helper.given > helper.done)) and _may_fork():
+            with contextlib.suppress(OSError):  # no process or descriptor left: slower, but no reason to fail
+                helper = _Helper(lambda kernel: compile_one(self, *kernel))
+                helpers.append(helper)
+        if helper is None:
+            return alone()
         number = helper.give((kernel_name, source_code, device_str))
 
         def result() -> Any:

@@ -5,6 +5,7 @@ Neither their module nor the user's script is imported: what they name travels w
 
 from __future__ import annotations
 
+import ast
 import builtins
 import linecache
 import re
@@ -18,6 +19,7 @@ from sandbox.inductor import pickling
 
 _LAYERS: Final = ("Autotuner", "Heuristics")
 _FUNCTIONS: Final = ("JITFunction", "ConstexprFunction")
+_NO_BUILTIN: Final = object()
 
 
 def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
@@ -47,9 +49,8 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
             for name in ("do_not_specialize", "do_not_specialize_on_alignment", "debug", "noinline")
         },
         "repr": _repr_of(kernel),
-        "globals": _globals_of(function, seen),
+        "globals": _globals_of(function, kernel.src, seen),
         "defaults": function.__defaults__,
-        "annotations": {name: _annotation(value) for name, value in function.__annotations__.items()},
     }
 
 
@@ -80,19 +81,19 @@ def _layer_fields(layer: Any) -> dict[str, Any]:
     return fields
 
 
-def _annotation(value: Any) -> Any:
-    return value if isinstance(value, str) else getattr(value, "__name__", str(value))
+def _names(function: Any, source: str) -> set[str]:
+    """The variables that the function takes from outside. Defaults and annotations are among them: the child asks for
+    those when it defines the function, and Triton when it compiles it."""
+    (tree,) = (node for node in ast.parse(textwrap.dedent(source)).body if isinstance(node, ast.FunctionDef))
+    body = {node.id for part in tree.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+    arguments = (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)
+    parts = (*tree.args.defaults, *tree.args.kw_defaults, tree.returns, *(one.annotation for one in arguments))
+    around = {node.id for part in parts if part is not None for node in ast.walk(part) if isinstance(node, ast.Name)}
+    code = function.__code__
+    return (body - set(code.co_varnames)) | around | set(code.co_freevars)
 
 
-def _names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _names(constant)
-    return found
-
-
-def _globals_of(function: Any, seen: dict[int, str]) -> dict[str, Any]:
+def _globals_of(function: Any, source: str, seen: dict[int, str]) -> dict[str, Any]:
     """Each global that the function's code or annotations name, as `(how, what)`."""
     known = dict(function.__globals__)
     if function.__closure__:
@@ -100,8 +101,8 @@ def _globals_of(function: Any, seen: dict[int, str]) -> dict[str, Any]:
             known[name] = cell.cell_contents
     words = {word for value in function.__annotations__.values() if isinstance(value, str) for word in _words(value)}
     found: dict[str, Any] = {}
-    for name in sorted(_names(function.__code__) | set(function.__code__.co_freevars) | words | {"tl", "triton"}):
-        if name not in known or hasattr(builtins, name):
+    for name in sorted(_names(function, source) | words | {"tl", "triton"}):
+        if name not in known or known[name] is getattr(builtins, name, _NO_BUILTIN):
             continue
         value = known[name]
         if isinstance(value, types.ModuleType):

@@ -1,15 +1,19 @@
 """What the launch of a Triton kernel has to compile: the payload, and the child's side of a `triton_launch` job.
 
-The child makes the entry of Triton's cache in the job's own folder, under the name that the parent will look for: the
-parent says what the kernel's own part of that name is, and the rest follows from constants, options, target and Triton.
+The child makes the entry of Triton's cache in the job's own folder. Its name is a hash of the kernel, of constants,
+options and target, of Triton and its settings; made of the same in both processes, it is the one that the parent will
+look for.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sandbox.errors import UnserializableError
 from sandbox.inductor import compat, pickling
 from sandbox.inductor.jitted import as_written, kernel_data, make_kernel
 from sandbox.jobs import TritonLaunchSpec
@@ -33,7 +37,7 @@ def encode(
     """
     seen: dict[int, str] = {}
     kernels = [kernel, *(value for value in constants.values() if hasattr(value, "cache_key"))]
-    return pickling.dumps({
+    data = pickling.dumps({
         "kernels": [(kernel_data(each, seen), each.cache_key) for each in kernels],
         "signature": dict(signature),
         "constants": {
@@ -43,8 +47,8 @@ def encode(
         "options": dict(vars(options)),
         "target": (target.backend, target.arch, target.warp_size),
         "variables": dict(variables),
-        "path": [entry for entry in sys.path if entry],
     })  # fmt: skip
+    return pickle.dumps(([entry for entry in sys.path if entry], data))
 
 
 def prepare(spec: TritonLaunchSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
@@ -53,18 +57,25 @@ def prepare(spec: TritonLaunchSpec, payload: bytes) -> Callable[[], dict[str, An
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    path, inner = pickle.loads(payload)
+    # A module that a kernel names is imported from where the parent has it, also while the rest is unpickled.
+    sys.path += [entry for entry in path if entry not in sys.path]
+    data = pickling.loads(inner, None)
+    # They are part of the entry's name, so they have to be true of what is in it, whatever a policy lets through.
+    os.environ.update(data["variables"])
     # What the template remembers of it went with its environment.
     getattr(compat.set_ptxas_path, "cache_clear", lambda: None)()
     compat.set_ptxas_path()
-    # A module that a kernel names is imported from where the parent has it, also while this is unpickled.
-    data = pickling.loads(payload, None)
-    sys.path += [entry for entry in data["path"] if entry not in sys.path]
+    if (here := dict(compat.triton_environment())) != data["variables"]:
+        different = sorted(set(here.items()) ^ set(data["variables"].items()))
+        raise UnserializableError("triton_environment", f"Triton's settings are others in a child: {different}")
     made: dict[str, Any] = {}
     kernels = []
     for entry, cache_key in data["kernels"]:
         kernel = make_kernel(entry, made)
         as_written(entry, made)
-        kernel.hash = cache_key
+        if kernel.cache_key != cache_key:
+            raise UnserializableError("triton_kernel", f"{entry['qualname']} is another kernel when it is rebuilt")
         kernels.append(kernel)
     first, *others = kernels
     constants = {place: value[0] if value else others.pop(0) for place, value in data["constants"].items()}

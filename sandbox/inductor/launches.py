@@ -10,23 +10,33 @@ the rest, loading included, to Triton. A kernel has no uncompiled form: where a 
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from sandbox import fallback
-from sandbox.errors import CompileFailed, JobError, UnserializableError, WireError
+from sandbox.artifacts import MAX_JSON
+from sandbox.errors import CompileFailed, UnserializableError, WireError
 from sandbox.inductor import compat, identity, launch
 from sandbox.inductor.scheme import WITH_CHILDREN, Scheme
 from sandbox.inductor.walk import Walk, Way, exception_of, reason_of, told_of
 from sandbox.jobs import Job, TritonLaunchSpec, digest, new_job_id
+from sandbox.policy import Ladder, Policy
 from sandbox.quarantine import Entry
 from sandbox.results import JobResult
 
 #: The private names of Triton that this needs; without one of them launches compile in this process.
-NEEDED: Final = ("JITFunction", "ASTSource", "triton_cache", "triton_environment", "triton_knobs")
+NEEDED: Final = ("compile_launch", "ASTSource", "CompiledKernel", "triton_cache", "triton_environment", "triton_knobs")
+#: Backends that a job may compile for.
+BACKENDS: Final = ("cuda", "hip")
+#: Facts of a kernel by which Triton and its launcher allocate, each a count or bytes.
+_COUNTS: Final = ("shared", "num_warps", "num_ctas", "tmem_size", "global_scratch_size", "profile_scratch_size")
+#: Dimensions of a tensor descriptor, at most: CUDA has no more, and the launcher's C code has room for as many.
+_DIMENSIONS: Final = 5
 
 
 def calls(compile_launch: Callable[..., Any], current: Callable[[], Scheme | None]) -> Callable[..., Any]:
@@ -65,12 +75,16 @@ class _Launch:
         self.attrs = attrs
         self.options = options
         self.target = target
-        self.variables = compat.triton_environment()
+        self.backend = backend
+        self.variables = dict(compat.triton_environment())
         self.source = compat.ASTSource(kernel, signature, constants, attrs)
         key = compat.triton_cache.get_cache_key(self.source, backend, options, env_vars=self.variables)
+        if (hook := compat.triton_knobs.runtime.add_stages_inspection_hook) is not None:
+            key += hook()[0]  # as Triton does; what is there under that key was made with it
         self.hash = hashlib.sha256(key.encode()).hexdigest()
+        self.folder = Path(compat.triton_knobs.cache.dir)
         self.name = f"kernel {kernel.fn.__module__}.{kernel.fn.__qualname__}"
-        self.walk = Walk(scheme.policy, scheme.sandbox, scheme.flights, scheme.quarantine, self.name)
+        self.walk = Walk(_without_reduced(scheme.policy), scheme.sandbox, scheme.flights, scheme.quarantine, self.name)
 
     def run(self) -> None:
         """See to it that the entry is there, or that this process may make it.
@@ -79,42 +93,75 @@ class _Launch:
             the exception that Triton would have raised, for `compile_error`.
             CompileFailed: the ladder ends with `raise` or `eager` for another status.
         """
-        if self._there():
+        if not compat.triton_knobs.compilation.always_compile and self._there() is None:
             return
         facts = identity.made_for(self.policy, f"{self.target.backend}:{self.target.arch}")
         parts = ["triton launch", self.hash, *(f"{name}: {fact}" for name, fact in sorted(facts.items()))]
-        way = Way(self._load, hashlib.sha256("\n".join(parts).encode()).hexdigest(), facts, {})
+        quarantine_key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        way = Way(self._load, quarantine_key, facts, {})
         if (entry := self.scheme.quarantine.get(way.key)) is not None:
             self._quarantined(entry)
-        shared = f"{self.hash} {compat.triton_knobs.cache.dir}"
-        made, step, result = self.walk.down(way, functools.partial(self._attempt, way=way), shared)
+        made, step, result = self.walk.down(
+            way, functools.partial(self._attempt, way=way), f"{self.hash} {self.folder}"
+        )
         if made:
             self.recorder.launch("in_child")
             return
-        self.recorder.fallback(step)
         if step == "in_process":
+            self.recorder.fallback(step)
             reason = reason_of(result)
             self.recorder.launch("in_process")
             self.recorder.reason(reason)
             self.scheme.warn_once(f"launch: {reason}", f"{self.name} is compiled in this process: {result.detail}")
             return
-        self.recorder.launch("raised")
-        raise exception_of(result)
+        self._raised()
+        raise exception_of(result, bare=True)
 
-    def _there(self) -> bool:
-        if compat.triton_knobs.compilation.always_compile:
-            return False
-        name = f"{self.source.name[:150]}.json"
-        group = compat.triton_cache.get_cache_manager(self.hash).get_group(name)
-        return name in (group or {})
+    def _there(self) -> str | None:
+        """None if Triton will find a whole entry; else what is wrong with what is there."""
+        name = f"{self.source.name[:150]}"
+        group = compat.triton_cache.get_cache_manager(self.hash).get_group(f"{name}.json") or {}
+        try:
+            missing = {f"{name}.json", f"{name}.{self.backend.binary_ext}"} - group.keys()
+            return f"it lacks {sorted(missing)}" if missing else self._unsound(Path(group[f"{name}.json"]))
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _unsound(self, path: Path) -> str | None:
+        """What Triton should not be given to read: it builds a class of the facts, and allocates by them."""
+        if path.stat().st_size > MAX_JSON:
+            return f"the facts of the kernel take more than {MAX_JSON} bytes"
+        facts = json.loads(path.read_bytes())
+        target = {"backend": self.target.backend, "arch": self.target.arch, "warp_size": self.target.warp_size}
+        if facts.get("hash") != self.hash or facts.get("target") != target:
+            return "it is of another kernel or target"
+        for name in _COUNTS:
+            value = facts.get(name, 0)
+            if type(value) is not int or not 0 <= value < 1 << 31:
+                return f"{name} is {value!r:.50}"
+        for described in facts.get("tensordesc_meta") or ():
+            if described is not None and len(described.get("block_size", ())) > _DIMENSIONS:
+                return "a tensor descriptor has too many dimensions"
+        return None
 
     def _attempt(self, step: fallback.ChildStep, *, way: Way) -> tuple[Any, JobResult]:
         if (why := _not_ours()) is not None:
             raise UnserializableError("triton_hooks", why)
+        if self.target.backend not in BACKENDS:
+            raise UnserializableError("target", f"a kernel for {self.target.backend}; known are {', '.join(BACKENDS)}")
+        try:
+            job = self._job()
+        except UnserializableError:
+            raise
+        except Exception as error:
+            # Kernels, options and attributes of other people: what surprises us must not stop their launch.
+            raise UnserializableError("not_encodable", f"{type(error).__name__}: {error}") from error
+        return self.walk.child(job, way, step, lambda: {"triton": self.folder})
+
+    def _job(self) -> Job:
         data = launch.encode(
             self.kernel, self.signature, self.constants, self.attrs, self.options, self.target, self.variables
         )
-        sandbox = self.scheme.sandbox
         spec = TritonLaunchSpec(
             job_id=new_job_id(),
             payload_sha256=digest(data),
@@ -122,26 +169,45 @@ class _Launch:
             limits=self.policy.limits,
             confinement=self.policy.confinement,
             target=f"{self.target.backend}:{self.target.arch}",
-            environment=sandbox.environment(),
+            environment=self.scheme.sandbox.environment(),
+            # As Triton calls the folder of an entry (3.6, 3.7).
+            entry=base64.b32encode(bytes.fromhex(self.hash)).decode().rstrip("="),
+            function=self.source.name[:150],
         )
-        try:
-            job = Job(spec, data)
-        except JobError as error:
-            raise UnserializableError("payload_too_large", str(error)) from None
-        return self.walk.child(job, way, step, {"triton": Path(compat.triton_knobs.cache.dir)})
+        return Job(spec, data)
 
     def _load(self, value: Any, job_id: str) -> bool:
-        """Whether Triton will find what came back."""
-        if not self._there():
-            raise WireError(f"{job_id} has made no entry {self.hash} of Triton's cache")
-        return True
+        """Whether Triton will find what came back, and can read it."""
+        if isinstance(value, dict) and isinstance(name := value.get("name"), str) and name != self.hash:
+            # What it is made of, or which ptxas there is, looks otherwise from there.
+            raise UnserializableError("name", f"in a child the kernel's entry is {name[:80]!r}, not {self.hash!r}")
+        why = self._there()
+        if why is None:
+            group = compat.triton_cache.get_cache_manager(self.hash).get_group(f"{self.source.name[:150]}.json")
+            try:
+                compat.CompiledKernel(self.source, group, self.hash)
+                return True
+            except Exception as error:  # noqa: BLE001 - a child's words are read here, by Triton
+                why = f"{type(error).__name__}: {error}"
+                # Nobody is to find it again.
+                Path(group[f"{self.source.name[:150]}.json"]).unlink(missing_ok=True)
+        raise WireError(f"{job_id} has made no entry {self.hash} that Triton can use: {why}")
+
+    def _raised(self) -> None:
+        """Whatever the ladder calls its end."""
+        self.recorder.fallback("raise")
+        self.recorder.launch("raised")
 
     def _quarantined(self, entry: Entry) -> None:
-        step = fallback.decide_quarantined(self.policy, entry.status)
         self.recorder.fallback("quarantined")
-        self.recorder.fallback(step)
-        self.recorder.launch("raised")
+        self._raised()
         raise CompileFailed(entry.status.value, told_of(entry, self.name), entry.job_id)
+
+
+def _without_reduced(policy: Policy) -> Policy:
+    """``policy``, whose ladders leave out the step `reduced`: a kernel has no settings of Inductor's to reduce."""
+    steps = {name: tuple(step for step in ladder if step != "reduced") for name, ladder in policy.ladder}
+    return policy.model_copy(update={"ladder": Ladder(**steps)})
 
 
 def _not_ours() -> str | None:

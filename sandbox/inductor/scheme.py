@@ -64,6 +64,8 @@ MODES: Final[tuple[str, ...]] = get_args(Mode)
 WITH_CHILDREN: Final = ("subprocess", "async", "progressive")
 #: Those in which graphs run before they are compiled, or well compiled.
 DEFERRED: Final = ("async", "progressive")
+#: Different warnings of one process, a count at most.
+MAX_WARNED: Final = 500
 #: Seconds that :meth:`Scheme.close` waits for a graph that is being loaded, at most.
 CLOSE_SECONDS: Final = 1.5
 
@@ -132,8 +134,8 @@ class Scheme:
     def warn_once(self, reason: str, message: str) -> None:
         """One warning per reason and process."""
         with self._warned_lock:
-            if reason in self._warned:
-                return
+            if reason in self._warned or len(self._warned) >= MAX_WARNED:
+                return  # the words may be a child's
             self._warned.add(reason)
         log.warning(message)
 
@@ -273,7 +275,8 @@ class _Compile:
             target=target,
             gpu=self.policy.gpu and target != "cpu",
             gpus=gpus,
-            kernel_threads=sandbox.kernel_threads,
+            # Each takes memory of its own, which may be what there was too little of.
+            kernel_threads=1 if step == "reduced" else sandbox.kernel_threads,
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
             config_overrides={**way.overrides, **(self.policy.reduced if step == "reduced" else {})},
@@ -285,7 +288,7 @@ class _Compile:
             raise UnserializableError("payload_too_large", str(error)) from None
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data, way)
-        output, result = self.walk.child(job, way, step, self.folders or cache_folders())
+        output, result = self.walk.child(job, way, step, lambda: self.folders or cache_folders())
         if result.status is Status.UNSERIALIZABLE:
             self.scheme.refused.note(self.gm, result.detail)
         return output, result
@@ -420,7 +423,8 @@ class _Compile:
         from sandbox.inductor import compile as child_side
 
         package = str((self.folders or {}).get("aoti", ""))
-        value = child_side.run(data, spec.config_overrides, spec.kernel_threads, aoti_folder=package)
+        # One kernel after the other: the service never forks.
+        value = child_side.run(data, spec.config_overrides, 1, aoti_folder=package)
         result = JobResult(job_id=spec.job_id, status=Status.OK, leaks=LeakReport(job_id=spec.job_id))
         return way.load(value, spec.job_id), result
 

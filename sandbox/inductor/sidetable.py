@@ -1,26 +1,17 @@
-"""User-defined Triton kernels: the process-local table that a graph's nodes point into, carried along.
+"""User-defined Triton kernels of a graph: the process-local table that its nodes point into, carried along.
 
 A node names its kernel by an index into Inductor's side table. The entries that a graph uses travel under those
-same indices and are put into the child's table there, so the graph itself needs no change. A kernel is rebuilt
-from its source: neither its module nor the user's script is imported.
+same indices and are put into the child's table there, so the graph itself needs no change.
 """
 
 from __future__ import annotations
 
-import builtins
-import linecache
-import re
-import sys
-import textwrap
-import types
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from sandbox.errors import UnserializableError
-from sandbox.inductor import compat, pickling
-
-_LAYERS: Final = ("Autotuner", "Heuristics")
+from sandbox.inductor import compat
+from sandbox.inductor.jitted import kernel_data, make_kernel
 
 
 def _wrapper_nodes(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:
@@ -60,145 +51,3 @@ def install(data: dict[str, Any]) -> None:
         table.id_to_kernel[index] = kernel
         table.kernel_to_id[kernel] = index
     table.constant_args.update(data["constants"])
-
-
-def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
-    """A kernel as data that pickles: source, options and the globals it names, nested kernels included."""
-    kind = type(kernel).__name__
-    if kind in _LAYERS:
-        return {"kind": kind, "fn": kernel_data(kernel.fn, seen), "fields": _layer_fields(kernel)}
-    if not hasattr(kernel, "src") or not hasattr(kernel, "fn"):
-        raise UnserializableError("triton_kernel", f"{kind} is neither a jit function, an autotuner nor heuristics")
-    if id(kernel) in seen:
-        return {"kind": "Seen", "name": seen[id(kernel)]}
-    function = kernel.fn
-    label = f"{function.__module__}.{function.__qualname__}.{len(seen)}"
-    seen[id(kernel)] = label
-    return {
-        "kind": "JITFunction",
-        "label": label,
-        "name": function.__name__,
-        "module": function.__module__,
-        "file": function.__code__.co_filename,
-        "line": int(getattr(kernel, "starting_line_number", 1)),
-        "source": kernel.src,
-        "options": {
-            name: getattr(kernel, name, None)
-            for name in ("do_not_specialize", "do_not_specialize_on_alignment", "debug", "noinline")
-        },
-        "globals": _globals_of(function, seen),
-        "defaults": function.__defaults__,
-        "annotations": {name: _annotation(value) for name, value in function.__annotations__.items()},
-    }
-
-
-def _layer_fields(layer: Any) -> dict[str, Any]:
-    """The attributes of an autotuner or of heuristics, without caches and without hooks that triton made itself."""
-    fields = {}
-    for name, value in vars(layer).items():
-        if name in ("fn", "base_fn", "cache", "do_bench", "_do_bench", "nargs", "bench_time"):
-            continue
-        if name in ("pre_hook", "post_hook") and not getattr(layer, f"user_defined_{name}", False):
-            # Closures over the autotuner; they only run when it benchmarks, which a child does not.
-            continue
-        try:
-            pickling.dumps(value)
-        except UnserializableError as error:
-            raise UnserializableError("triton_kernel", f"{type(layer).__name__}.{name}: {error}") from None
-        fields[name] = value
-    return fields
-
-
-def _annotation(value: Any) -> Any:
-    return value if isinstance(value, str) else getattr(value, "__name__", str(value))
-
-
-def _names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _names(constant)
-    return found
-
-
-def _globals_of(function: Any, seen: dict[int, str]) -> dict[str, Any]:
-    """Each global that the function's code or annotations name, as `(how, what)`."""
-    known = dict(function.__globals__)
-    if function.__closure__:
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
-            known[name] = cell.cell_contents
-    words = {word for value in function.__annotations__.values() if isinstance(value, str) for word in _words(value)}
-    found: dict[str, Any] = {}
-    for name in sorted(_names(function.__code__) | set(function.__code__.co_freevars) | words | {"tl", "triton"}):
-        if name not in known or hasattr(builtins, name):
-            continue
-        value = known[name]
-        if isinstance(value, types.ModuleType):
-            found[name] = ("module", value.__name__)
-        elif hasattr(value, "src") and hasattr(value, "fn"):
-            found[name] = ("kernel", kernel_data(value, seen))
-        else:
-            try:
-                pickling.dumps(value)
-            except UnserializableError as error:
-                raise UnserializableError("triton_kernel", f"{function.__name__} uses {name}: {error}") from None
-            found[name] = ("value", value)
-    return found
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z_][A-Za-z0-9_]*", text)
-
-
-def _no_hook(*args: Any, **kwargs: Any) -> None:
-    """Stands for the hooks that triton makes for an autotuner."""
-
-
-def make_kernel(data: dict[str, Any], made: dict[str, Any]) -> Any:
-    """Rebuild a kernel from :func:`kernel_data`. In a child."""
-    import triton
-    import triton.runtime.autotuner as autotuner
-    import triton.runtime.jit as jit
-
-    if data["kind"] == "Seen":
-        return made[data["name"]]
-    if data["kind"] in _LAYERS:
-        cls = getattr(autotuner, data["kind"])
-        layer = cls.__new__(cls)
-        vars(layer).update(data["fields"])
-        layer.fn = make_kernel(data["fn"], made)
-        if data["kind"] == "Autotuner":
-            layer.cache, layer.nargs = {}, None
-            layer._do_bench = None
-            vars(layer).setdefault("pre_hook", _no_hook)
-            vars(layer).setdefault("post_hook", _no_hook)
-        base = layer.fn
-        while type(base).__name__ in _LAYERS:
-            base = base.fn
-        layer.base_fn = base.fn if hasattr(base, "fn") else base
-        return layer
-    if data["label"] in made:
-        return made[data["label"]]
-    # A file name of its own: `inspect` finds the source in linecache, wherever the child runs.
-    file = f"<sandboxed {data['file']}:{data['line']}:{data['name']}>"
-    source = textwrap.dedent(data["source"])
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    module = types.ModuleType(f"sandboxed_kernel_{len(made)}_{data['name']}")
-    sys.modules[module.__name__] = module
-    namespace = vars(module)
-    namespace.update({"triton": triton, "tl": triton.language, "__file__": file})
-    pending = {}
-    for name, (how, what) in data["globals"].items():
-        if how == "kernel":
-            pending[name] = what
-        else:
-            namespace[name] = __import__(what, fromlist=["_"]) if how == "module" else what
-    exec(compile(source, file, "exec", dont_inherit=True), namespace)
-    function = namespace[data["name"]]
-    function.__defaults__ = data["defaults"]
-    kernel = jit.JITFunction(function, **{name: value for name, value in data["options"].items() if value is not None})
-    made[data["label"]] = kernel
-    namespace[data["name"]] = kernel
-    for name, nested in pending.items():
-        namespace[name] = make_kernel(nested, made)
-    return kernel

@@ -12,28 +12,37 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from sandbox.inductor import eager
+from sandbox.inductor import compat, eager
+from sandbox.inductor.deferred import repeatable
 
-#: The deferred graphs of the program that AOTAutograd works on now, in this thread; None: nobody asks.
-_made: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("sandbox_deferred_graphs", default=None)
+
+class _Made(NamedTuple):
+    code: Any
+    """A deferred graph, or one that stays uncompiled."""
+    usable: bool
+    again: bool
+    """Whether a call of it that failed can be made again."""
+
+
+#: The graphs of the program that AOTAutograd works on now, in this thread; None: nobody asks.
+_made: contextvars.ContextVar[list[_Made] | None] = contextvars.ContextVar("sandbox_deferred_graphs", default=None)
 
 
 def note(code: Any, gm: torch.fx.GraphModule, graph_kwargs: dict[str, Any]) -> None:
     """Tell that ``code``, a deferred graph, begins with ``gm`` uncompiled. Arguments as of the compile."""
     made = _made.get()
-    if made is None:
-        return
-    usable = graph_kwargs.get("is_inference") and not graph_kwargs.get("is_backward") and not eager.draws(gm)
-    made.append(code if usable else None)
+    if made is not None:
+        inference = bool(graph_kwargs.get("is_inference")) and not graph_kwargs.get("is_backward")
+        made.append(_Made(code, inference and not eager.draws(gm), repeatable(gm)))
 
 
 @contextlib.contextmanager
-def _collecting() -> Iterator[list[Any]]:
-    made: list[Any] = []
+def _collecting() -> Iterator[list[_Made]]:
+    made: list[_Made] = []
     token = _made.set(made)
     try:
         yield made
@@ -49,27 +58,45 @@ def calls(aot_autograd: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(aot_autograd)
     def call(self: Any, gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if not isinstance(gm, torch.fx.GraphModule) or not compat.is_inductors_own(self):
+            return aot_autograd(self, gm, example_inputs, **kwargs)
         with _collecting() as made:
             compiled = aot_autograd(self, gm, example_inputs, **kwargs)
-        # One program can become several graphs, and compiled autograd boxes its inputs: those stay as they are.
-        if len(made) != 1 or made[0] is None or not isinstance(gm, torch.fx.GraphModule):
-            return compiled
-        return _switch(gm, compiled, made[0])
+        # One program can become several graphs: those stay as they are.
+        return _switch(gm, compiled, made[0]) if len(made) == 1 and made[0].usable else compiled
 
     return call
 
 
-def _switch(gm: torch.fx.GraphModule, compiled: Callable[..., Any], code: Any) -> Callable[..., Any]:
-    """``compiled``, but the program itself while ``code`` has nothing better."""
-    gm.recompile()  # what passes have left, and what is made on the first call otherwise
-    uncompiled = gm.forward  # AOTAutograd keeps the program as well, as long as there is its callable
+def _switch(gm: torch.fx.GraphModule, compiled: Callable[..., Any], made: _Made) -> Callable[..., Any]:
+    """``compiled``, but the program itself while there is nothing better."""
+    compat.LazyGraphModule.force_recompile(gm)  # passes may have changed it
+    program = gm.forward  # AOTAutograd keeps the program as well, as long as there is its callable
+    fails = False
 
     def run(*arguments: Any) -> Any:
-        return uncompiled(*arguments) if code.unchanged else compiled(*arguments)
+        nonlocal fails
+        # Dynamo has traced through modes of the caller: what they do is in the program, and is not to be done twice.
+        if fails or not made.code.unchanged or compat.function_modes():
+            return compiled(*arguments)
+        grad = torch.is_grad_enabled()
+        try:
+            return program(*arguments)
+        except BaseException as error:
+            # What the program switches off and on again, as for `no_grad`, are calls in it: an error skips the second.
+            torch.set_grad_enabled(grad)
+            if not made.again or not isinstance(error, Exception) or isinstance(error, _NO_MEMORY):
+                raise
+        # An operator that only its decomposition knows for these inputs; or the user's own error, which comes again.
+        found = compiled(*arguments)
+        fails = True
+        return found
 
     # What AOTAutograd tells of its callable; not Dynamo's marks, by which Dynamo would call it instead of this one.
     run.__dict__.update({name: value for name, value in vars(compiled).items() if not name.startswith("_torchdynamo")})
     return run
 
+
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 __all__ = ["calls", "note"]

@@ -43,6 +43,10 @@ class Way:
     """Whether somebody waits, and is to be told the end."""
 
 
+class _NotSubmitted(Exception):
+    """The sandbox takes no job."""
+
+
 #: One child: called with its step, returns what was made of its reply, or None, and how it ended.
 Attempt = Callable[[fallback.ChildStep], tuple[Any, JobResult]]
 
@@ -80,11 +84,13 @@ class Walk:
         with self._flights.joined(shared) as self._flight:
             return self._steps(way, attempt)
 
-    def child(self, job: Job, way: Way, step: fallback.ChildStep, folders: dict[str, Path]) -> tuple[Any, JobResult]:
+    def child(
+        self, job: Job, way: Way, step: fallback.ChildStep, folders: Callable[[], dict[str, Path]]
+    ) -> tuple[Any, JobResult]:
         """One child, or the end of the one that another thread has started for the same.
 
         Args:
-            folders: the user's cache folders by kind of artifact.
+            folders: gives the user's cache folders by kind of artifact.
 
         Returns:
             what ``way`` makes of its reply, or None, and how it ended.
@@ -92,16 +98,19 @@ class Walk:
         job_id = job.spec.job_id
 
         def start() -> tuple[str, Future[JobResult]]:
-            return job_id, self._sandbox.submit(job, name=self._name, step=name, cache=folders)
+            try:
+                return job_id, self._sandbox.submit(job, name=self._name, step=name, cache=folders())
+            except (SandboxError, OSError, RuntimeError) as error:
+                # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
+                self._recorder.swallowed(error)
+                raise _NotSubmitted(f"the job cannot be submitted: {type(error).__name__}: {error}") from error
 
         name = way.first if step == "first" else step
         try:
+            # What a signal handler of the caller raises meanwhile (a deadline, Ctrl-C) is the caller's.
             result, self.told = self._flight.result(name, start, self._interrupted)
-        except (SandboxError, OSError, RuntimeError) as error:
-            # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
-            self._recorder.swallowed(error)
-            detail = f"the job cannot be submitted: {type(error).__name__}: {error}"
-            return None, no_child(Status.SANDBOX_ERROR, detail, job_id)
+        except _NotSubmitted as error:
+            return None, no_child(Status.SANDBOX_ERROR, str(error), job_id)
         if not result.ok:
             if self.told and result.leaks.leaks:
                 log.warning("%s left behind: %s", result.job_id, result.leaks.counts())
@@ -187,10 +196,11 @@ def told_of(entry: Entry, name: str) -> str:
     )
 
 
-def exception_of(result: JobResult) -> BaseException:
-    """What is raised where the ladder ends with `raise`: for `compile_error` what the compiler raised."""
+def exception_of(result: JobResult, *, bare: bool = False) -> BaseException:
+    """What is raised where the ladder ends with `raise`: for `compile_error` what the compiler raised. ``bare``: as of
+    :func:`sandbox.inductor.failures.rebuild_exception`."""
     if result.status is Status.COMPILE_ERROR and result.failure is not None:
-        error = failures.rebuild_exception(result.failure)
+        error = failures.rebuild_exception(result.failure, bare=bare)
         error.add_note(f"raised in the sandboxed child of {result.job_id}")
         return error
     # In the message, not a note: of an exception that a backend raises Dynamo shows no notes.
