@@ -60,6 +60,8 @@ MAX_ORIGINS = 500
 RESERVED_FDS = 8
 #: Has a worker print its Python stacks, as a JVM does; one that has set it otherwise does something else.
 STACKS_SIGNAL = signal.SIGQUIT
+#: Seconds that a thread which is none of Python's may take to end before it is told as a leak.
+ENDING_SECONDS = 0.3
 #: Seconds that the parent may take to send the whole request, and to read the whole reply.
 RECEIVE_SECONDS = 60.0
 SEND_SECONDS = 600.0
@@ -277,7 +279,7 @@ def collect(scratch: Path) -> tuple[Artifact, ...]:
 def own_leaks(spec: Spec, before: ledger.Snapshot, registrations: Registrations, origins: Origins) -> tuple[Leak, ...]:
     """What the job has left open in this process. All of it ends with the process, which the keeper sees to."""
     found = []
-    for held in ledger.differences(before, ledger.take(ipc=False)):
+    for held in _left(before):
         # A CUDA context holds hundreds of descriptors, some threads and maps, as long as its process lives: no leaks.
         if held.kind in OWN_LEAKS and (not spec.gpu or held.kind == "zombie"):
             stack = origins.of(held.text)
@@ -288,6 +290,17 @@ def own_leaks(spec: Spec, before: ledger.Snapshot, registrations: Registrations,
     for name, kind in registrations.names.items():
         found.append(ledger.Held("tracked_resource", f"{kind} {name}").leak("child", reclaimed=True))
     return tuple(found[:MAX_LEAKS])
+
+
+def _left(before: ledger.Snapshot) -> tuple[ledger.Held, ...]:
+    """What is there now and was not before. A thread that Python has joined takes the kernel another moment to end."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while True:
+        found = ledger.differences(before, ledger.take(ipc=False))
+        ending = any(held.thread is not None and not ledger.python_thread(held.thread)[0] for held in found)
+        if not ending or time.monotonic() > deadline:
+            return found
+        time.sleep(0.002)
 
 
 def send_reply(channel: socket.socket, reply: Reply, value: bytes) -> None:
