@@ -279,7 +279,7 @@ def collect(scratch: Path) -> tuple[Artifact, ...]:
 def own_leaks(spec: Spec, before: ledger.Snapshot, registrations: Registrations, origins: Origins) -> tuple[Leak, ...]:
     """What the job has left open in this process. All of it ends with the process, which the keeper sees to."""
     found = []
-    for held in _left(before):
+    for held in _left(before, 0.0 if spec.gpu else ENDING_SECONDS):
         # A CUDA context holds hundreds of descriptors, some threads and maps, as long as its process lives: no leaks.
         if held.kind in OWN_LEAKS and (not spec.gpu or held.kind == "zombie"):
             stack = origins.of(held.text)
@@ -292,15 +292,16 @@ def own_leaks(spec: Spec, before: ledger.Snapshot, registrations: Registrations,
     return tuple(found[:MAX_LEAKS])
 
 
-def _left(before: ledger.Snapshot) -> tuple[ledger.Held, ...]:
-    """What is there now and was not before. A thread that Python has joined takes the kernel another moment to end."""
-    deadline = time.monotonic() + ENDING_SECONDS
+def _left(before: ledger.Snapshot, seconds: float) -> tuple[ledger.Held, ...]:
+    """What is there now and was not before. A thread that Python has joined takes the kernel another moment to end: for
+    those that are none of Python's it waits at most so long."""
+    deadline = time.monotonic() + seconds
     while True:
         found = ledger.differences(before, ledger.take(ipc=False))
         ending = any(held.thread is not None and not ledger.python_thread(held.thread)[0] for held in found)
-        if not ending or time.monotonic() > deadline:
+        if not ending or time.monotonic() >= deadline:
             return found
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def send_reply(channel: socket.socket, reply: Reply, value: bytes) -> None:

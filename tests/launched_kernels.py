@@ -41,8 +41,37 @@ def tuned(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def also_scaled(x_ptr, BLOCK: tl.constexpr):
+    places = x_ptr + tl.arange(0, BLOCK)
+    tl.store(places, scaled(tl.load(places)) + 1)
+
+
+@triton.jit
+def load(places):
+    return tl.load(places) + 2
+
+
+@triton.jit
+def shadows(x_ptr, BLOCK: tl.constexpr):
+    places = x_ptr + tl.arange(0, BLOCK)
+    load = load(places)  # noqa: F823
+    tl.store(places, load)
+
+
+@triton.jit
 def wrong(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), not_defined_anywhere)  # noqa: F821
+
+
+def made_with(n):
+    """A kernel of a function, which has a parameter of that function as a default."""
+
+    @triton.jit
+    def inner(x_ptr, BLOCK: tl.constexpr = n):
+        places = x_ptr + tl.arange(0, BLOCK)
+        tl.store(places, tl.load(places) * 2)
+
+    return inner
 
 
 def made_here():

@@ -5,6 +5,7 @@ The sandbox is replaced by one whose jobs end when and how a test says; what a j
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
@@ -313,6 +314,33 @@ def test_an_error_between_switches_leaves_the_callers_state(start: Start) -> Non
     torch.testing.assert_close(compiled(torch.tensor([1, 3]), table), table[[1, 3]] * 2)
 
 
+def test_a_program_that_switches_autocast_leaves_it_as_it_was(start: Start) -> None:
+    start()
+
+    def looked_up(index: Any, table: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.embedding(index, table) @ table.t()
+
+    table = torch.randn(4, 3)
+    compiled = torch.compile(looked_up)
+    assert compiled(torch.tensor([1, 3]), table).dtype is torch.bfloat16
+    for _ in range(2):
+        with pytest.raises((IndexError, RuntimeError), match=OUT):
+            compiled(torch.tensor([1, 9]), table)
+        assert not torch.is_autocast_enabled("cpu")
+    twice = torch.compile(lambda x: torch.func.vmap(lambda row: row.sin() + 1)(x))
+    torch.testing.assert_close(twice(table), table.sin() + 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}, {"options": {"epilogue_fusion": False}}])
+def test_it_is_so_with_settings_for_one_compile(start: Start, options: dict[str, Any]) -> None:
+    start()
+    x = torch.randn(6, 6)
+    compiled = torch.compile(lambda x: F.layer_norm(x, (6,)), **options)
+    compiled(x)
+    assert "aten::native_layer_norm" in _operators(lambda: compiled(x))
+
+
 def test_a_program_that_only_its_decomposition_can_run() -> None:
     asked: list[bool] = []
 
@@ -358,8 +386,13 @@ def test_a_backend_that_changes_the_graph_before_it_asks_inductor(start: Start) 
     def ask(gm: Any, inputs: Any) -> Any:
         return changed(gm, inputs, is_inference=True)
 
+    @functools.wraps(compile_fx_inner)
+    def wrapped(gm: Any, inputs: Any, **options: Any) -> Any:
+        return changed(gm, inputs, **options)
+
     backends = {
         "its own": aot_autograd(fw_compiler=ask),
+        "wrapped": lambda gm, inputs: compile_fx(gm, inputs, inner_compile=wrapped),
         "inductor's": lambda gm, inputs: compile_fx(gm, inputs, inner_compile=changed),
     }
     for name, backend in backends.items():

@@ -115,6 +115,7 @@ CASES: dict[str, Callable[[], Any]] = {
         kernels.applied, torch.float32, torch.float32, function=kernels.scaled, BLOCK=64
     ),
     "closure": lambda: launch(kernels.made_here(), torch.float16, BLOCK=64),
+    "a local of a kernel's name": lambda: launch(kernels.shadows, torch.float32, BLOCK=64),
     "a builtin's name": lambda: launch(kernels.larger, torch.float32, BLOCK=64),
     "defaults and annotations": lambda: launch(kernels.with_default, torch.float32),
 }
@@ -141,6 +142,16 @@ def test_it_is_what_triton_would_have_made(
     for stage in own.asm:
         assert own.asm[stage] == children[0].asm[stage], stage
     assert __file__.rpartition("/")[0] in own.asm["ttir"]
+
+
+def test_kernels_that_share_a_helper(box: sandbox.Sandbox) -> None:
+    """Triton's own hash of the second depends on whether the first was asked for its before."""
+
+    def work() -> None:
+        add()
+        launch(kernels.also_scaled, torch.float32, BLOCK=64)
+
+    assert counted(box, work) == ({"in_child": 2}, 2)
 
 
 def test_an_autotuned_kernel_gets_a_child_for_each_configuration(box: sandbox.Sandbox) -> None:
@@ -172,6 +183,17 @@ def test_the_error_of_a_wrong_kernel_is_tritons(box: sandbox.Sandbox) -> None:
         assert type(caught.value).__name__ == "CompilationError"
 
     assert counted(box, work) == ({"raised": 1}, 1)
+
+
+def test_what_triton_cannot_do_is_tritons_error(box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that is a variable of the function around it: Triton finds no such global, here as in a child."""
+    said = []
+    for policy in (POLICY, POLICY.model_copy(update={"triton_launches": False})):
+        monkeypatch.setattr(install.installed(), "policy", policy)
+        with pytest.raises(triton.CompilationError, match="n is not defined") as caught:
+            launch(kernels.made_with(64), torch.float16)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
 
 def test_a_compiler_that_crashes_costs_its_child(box: sandbox.Sandbox) -> None:
@@ -218,12 +240,34 @@ def entry_of(box: sandbox.Sandbox) -> Path:
     return entry
 
 
-@pytest.mark.parametrize("what", ["group", "facts", "other", "cubin", "count", "huge", "dimensions"])
+def test_what_a_child_hands_back_is_read_before_triton_may(
+    box: sandbox.Sandbox, hits: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it were hostile: facts that nothing should be allocated by. They are gone when Triton looks."""
+    from sandbox import artifacts
+
+    place = artifacts._copy
+
+    def hostile(artifact: Any, source: Path, copy: Path, owner: int) -> Path:
+        made = place(artifact, source, copy, owner)
+        if artifact.path.endswith("/add.json"):
+            made.write_text(json.dumps({**json.loads(made.read_text()), "shared": -1}))
+        return made
+
+    monkeypatch.setattr(artifacts, "_copy", hostile)
+    made: list[Any] = []
+    assert counted(box, lambda: made.append(add())) == ({"in_process": 1}, 2)
+    assert hits == [False] and made[0].metadata.shared >= 0
+
+
+@pytest.mark.parametrize("what", ["group", "list", "facts", "other", "cubin", "count", "huge", "dimensions"])
 def test_an_entry_that_is_of_no_use_is_made_again(box: sandbox.Sandbox, what: str) -> None:
     entry = entry_of(box)
     facts = json.loads((entry / "add.json").read_text())
     if what == "group":
         (entry / "__grp__add.json").write_text('{"child_paths": {}}')
+    elif what == "list":
+        (entry / "__grp__add.json").write_text("[]")
     elif what == "cubin":
         (entry / "add.cubin").unlink()
     else:

@@ -6,7 +6,9 @@ importing this module imports no torch. :func:`check` looks all of them up and s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib
 import inspect
 import os
@@ -282,9 +284,16 @@ def is_inductors_own(backend: Any) -> bool:
     if getattr(function, "__module__", "") != "torch._inductor.compile_fx":
         return False
     inner: Any = inspect.getclosurevars(function).nonlocals.get("inner_compile")
-    while (around := getattr(inner, "func", None) or getattr(inner, "__wrapped__", None)) is not None:
-        inner = around
-    return getattr(inner, "__module__", "") in ("torch._inductor.compile_fx", "sandbox.inductor.install")
+    while True:
+        if isinstance(inner, functools.partial):
+            inner = inner.func
+        elif getattr(getattr(inner, "__code__", None), "co_filename", "") == contextlib.__file__:
+            # By `config.patch`, a ContextDecorator, where there are settings for this compile alone.
+            inner = inspect.getclosurevars(inner).nonlocals.get("func")
+        else:
+            break
+    own = getattr(inner, "__module__", "") == "sandbox.inductor.install" and not hasattr(inner, "__wrapped__")
+    return own or inner is _look_up(NAMES["compile_fx_inner"].where)
 
 
 def wrap_launches(wrap: Callable[[Compile], Compile]) -> Compile:

@@ -63,8 +63,10 @@ class _Helper:
     def give(self, kernel: Any) -> int:
         """One more; returns its number."""
         data = pickle.dumps(kernel)
-        with contextlib.suppress(OSError):  # it has died: the child will do it
+        try:
             self._kernels.sendall(len(data).to_bytes(_LENGTH) + data)
+        except OSError:
+            self.done = sys.maxsize  # it has died: the child will do it
         self.given += 1
         return self.given
 
@@ -109,11 +111,13 @@ def side_by_side(count: int) -> Iterator[None]:
 
     def triton(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
         alone = functools.partial(compile_one, self, kernel_name, source_code, device_str)
-        helper = min(helpers, key=lambda one: one.given - one.done, default=None)
-        if (helper is None or (len(helpers) < count and helper.given > helper.done)) and _may_fork():
+        alive = (one for one in helpers if one.done < sys.maxsize)
+        helper = min(alive, key=lambda one: one.given - one.done, default=None)
+        if len(helpers) < count and (helper is None or helper.given > helper.done):
             with contextlib.suppress(OSError):  # no process or descriptor left: slower, but no reason to fail
-                helper = _Helper(lambda kernel: compile_one(self, *kernel))
-                helpers.append(helper)
+                if _may_fork():
+                    helper = _Helper(lambda kernel: compile_one(self, *kernel))
+                    helpers.append(helper)
         if helper is None:
             return alone()
         number = helper.give((kernel_name, source_code, device_str))

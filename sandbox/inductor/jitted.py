@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import hashlib
 import linecache
 import re
 import sys
 import textwrap
 import types
+from collections.abc import Iterable
 from typing import Any, Final
 
 from sandbox.errors import UnserializableError
@@ -51,6 +53,7 @@ def kernel_data(kernel: Any, seen: dict[int, str]) -> dict[str, Any]:
         "repr": _repr_of(kernel),
         "globals": _globals_of(function, kernel.src, seen),
         "defaults": function.__defaults__,
+        "keyword_defaults": function.__kwdefaults__,
     }
 
 
@@ -81,30 +84,46 @@ def _layer_fields(layer: Any) -> dict[str, Any]:
     return fields
 
 
-def _names(function: Any, source: str) -> set[str]:
-    """The variables that the function takes from outside. Defaults and annotations are among them: the child asks for
-    those when it defines the function, and Triton when it compiles it."""
+def _tree(source: str) -> ast.FunctionDef:
     (tree,) = (node for node in ast.parse(textwrap.dedent(source)).body if isinstance(node, ast.FunctionDef))
-    body = {node.id for part in tree.body for node in ast.walk(part) if isinstance(node, ast.Name)}
-    arguments = (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)
-    parts = (*tree.args.defaults, *tree.args.kw_defaults, tree.returns, *(one.annotation for one in arguments))
-    around = {node.id for part in parts if part is not None for node in ast.walk(part) if isinstance(node, ast.Name)}
-    code = function.__code__
-    return (body - set(code.co_varnames)) | around | set(code.co_freevars)
+    return tree
 
 
-def _globals_of(function: Any, source: str, seen: dict[int, str]) -> dict[str, Any]:
-    """Each global that the function's code or annotations name, as `(how, what)`."""
+def _named(parts: Iterable[ast.AST | None]) -> set[str]:
+    return {node.id for part in parts if part is not None for node in ast.walk(part) if isinstance(node, ast.Name)}
+
+
+def _around(tree: ast.FunctionDef) -> set[str]:
+    """Names in defaults and annotations: the child asks for them when it defines the function, not later."""
+    arguments = [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs, tree.args.vararg, tree.args.kwarg]
+    annotations = (one.annotation for one in arguments if one is not None)
+    return _named((*tree.args.defaults, *tree.args.kw_defaults, tree.returns, *annotations))
+
+
+def _outside(function: Any, source: str) -> dict[str, tuple[Any, bool]]:
+    """What the function takes from outside, by name, and whether it surely does: Triton reads a global of the name of a
+    local variable, too, until that is set."""
     known = dict(function.__globals__)
     if function.__closure__:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
             known[name] = cell.cell_contents
-    words = {word for value in function.__annotations__.values() if isinstance(value, str) for word in _words(value)}
+    tree, code = _tree(source), function.__code__
+    parameters = code.co_argcount + code.co_kwonlyargcount
+    sure = _around(tree) | set(code.co_freevars) | {"tl", "triton"}
+    sure |= {word for value in function.__annotations__.values() if isinstance(value, str) for word in _words(value)}
+    body = _named(tree.body) - set(code.co_varnames[:parameters])
+    local = set(code.co_varnames[parameters:]) | set(code.co_cellvars)
+    return {
+        name: (known[name], name in sure or name not in local)
+        for name in sorted(sure | body)
+        if name in known and known[name] is not getattr(builtins, name, _NO_BUILTIN)
+    }
+
+
+def _globals_of(function: Any, source: str, seen: dict[int, str]) -> dict[str, Any]:
+    """Each of them, as `(how, what)`."""
     found: dict[str, Any] = {}
-    for name in sorted(_names(function, source) | words | {"tl", "triton"}):
-        if name not in known or known[name] is getattr(builtins, name, _NO_BUILTIN):
-            continue
-        value = known[name]
+    for name, (value, sure) in _outside(function, source).items():
         if isinstance(value, types.ModuleType):
             found[name] = ("module", value.__name__)
         elif hasattr(value, "src") and hasattr(value, "fn"):
@@ -113,9 +132,34 @@ def _globals_of(function: Any, source: str, seen: dict[int, str]) -> dict[str, A
             try:
                 pickling.dumps(value)
             except UnserializableError as error:
+                if not sure:
+                    continue
                 raise UnserializableError("triton_kernel", f"{function.__name__} uses {name}: {error}") from None
             found[name] = ("value", value)
     return found
+
+
+def digest(kernel: Any) -> str:
+    """SHA-256 of a kernel and those it calls: equal for the original and for what is rebuilt from its data, after
+    :func:`as_written`. (Triton's own `cache_key` also depends on which kernels were asked for theirs before.)"""
+    parts: list[str] = []
+    _add(kernel, parts, set())
+    return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()
+
+
+def _add(kernel: Any, parts: list[str], seen: set[int]) -> None:
+    if id(kernel) in seen:
+        return
+    seen.add(id(kernel))
+    function = kernel.fn
+    facts = (function.__module__, function.__qualname__, kernel.starting_line_number, getattr(kernel, "noinline", None))
+    parts.append(f"{type(kernel).__name__} {facts} {kernel.src}")
+    for name, (value, _) in _outside(function, kernel.src).items():
+        if type(value).__name__ in _FUNCTIONS:
+            parts.append(name)
+            _add(value, parts, seen)
+        elif type(value).__name__ == "constexpr" and isinstance(value.value, bool | int | float | str | None):
+            parts.append(f"{name} = {value.value!r}")
 
 
 def _words(text: str) -> list[str]:
@@ -165,9 +209,14 @@ def make_kernel(data: dict[str, Any], made: dict[str, Any]) -> Any:
             pending[name] = what
         else:
             namespace[name] = __import__(what, fromlist=["_"]) if how == "module" else what
+    # Variables of the function around it, perhaps, which are known by their values only.
+    unknown = dict.fromkeys(_around(_tree(source)) - namespace.keys() - vars(builtins).keys())
+    namespace.update(unknown)
     exec(compile(source, file, "exec", dont_inherit=True), namespace)
+    for name in unknown:
+        del namespace[name]
     function = namespace[data["name"]]
-    function.__defaults__ = data["defaults"]
+    function.__defaults__, function.__kwdefaults__ = data["defaults"], data["keyword_defaults"]
     options = {name: value for name, value in data["options"].items() if value is not None}
     kernel = jit.JITFunction(function, **options) if data["kind"] == "JITFunction" else jit.ConstexprFunction(function)
     if data["repr"] is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sandbox.errors import UnserializableError
 from sandbox.inductor import compat, pickling
-from sandbox.inductor.jitted import as_written, kernel_data, make_kernel
+from sandbox.inductor.jitted import as_written, digest, kernel_data, make_kernel
 from sandbox.jobs import TritonLaunchSpec
 
 
@@ -38,7 +38,7 @@ def encode(
     seen: dict[int, str] = {}
     kernels = [kernel, *(value for value in constants.values() if hasattr(value, "cache_key"))]
     data = pickling.dumps({
-        "kernels": [(kernel_data(each, seen), each.cache_key) for each in kernels],
+        "kernels": [(kernel_data(each, seen), digest(each), each.cache_key) for each in kernels],
         "signature": dict(signature),
         "constants": {
             place: None if hasattr(value, "cache_key") else (value,) for place, value in constants.items()
@@ -71,11 +71,13 @@ def prepare(spec: TritonLaunchSpec, payload: bytes) -> Callable[[], dict[str, An
         raise UnserializableError("triton_environment", f"Triton's settings are others in a child: {different}")
     made: dict[str, Any] = {}
     kernels = []
-    for entry, cache_key in data["kernels"]:
+    for entry, whole, cache_key in data["kernels"]:
         kernel = make_kernel(entry, made)
         as_written(entry, made)
-        if kernel.cache_key != cache_key:
-            raise UnserializableError("triton_kernel", f"{entry['qualname']} is another kernel when it is rebuilt")
+        if digest(kernel) != whole:
+            raise UnserializableError("triton_kernel", f"{kernel.fn.__qualname__} is another kernel when it is rebuilt")
+        # The child's own may differ for the same kernel: see `digest`.
+        kernel.hash = cache_key
         kernels.append(kernel)
     first, *others = kernels
     constants = {place: value[0] if value else others.pop(0) for place, value in data["constants"].items()}

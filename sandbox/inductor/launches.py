@@ -11,6 +11,7 @@ the rest, loading included, to Triton. A kernel has no uncompiled form: where a 
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ from typing import Any, Final
 
 from sandbox import fallback
 from sandbox.artifacts import MAX_JSON
-from sandbox.errors import CompileFailed, UnserializableError, WireError
+from sandbox.errors import CompileFailed, JobError, UnserializableError, WireError
 from sandbox.inductor import compat, identity, launch
 from sandbox.inductor.scheme import WITH_CHILDREN, Scheme
 from sandbox.inductor.walk import Walk, Way, exception_of, reason_of, told_of
@@ -83,6 +84,9 @@ class _Launch:
             key += hook()[0]  # as Triton does; what is there under that key was made with it
         self.hash = hashlib.sha256(key.encode()).hexdigest()
         self.folder = Path(compat.triton_knobs.cache.dir)
+        # As Triton calls the folder and the files of an entry (3.6, 3.7).
+        self.entry = base64.b32encode(bytes.fromhex(self.hash)).decode().rstrip("=")
+        self.file = self.source.name[:150]
         self.name = f"kernel {kernel.fn.__module__}.{kernel.fn.__qualname__}"
         self.walk = Walk(_without_reduced(scheme.policy), scheme.sandbox, scheme.flights, scheme.quarantine, self.name)
 
@@ -107,6 +111,7 @@ class _Launch:
         if made:
             self.recorder.launch("in_child")
             return
+        self._forget()  # what is there is of no use, and Triton would read it
         if step == "in_process":
             self.recorder.fallback(step)
             reason = reason_of(result)
@@ -119,9 +124,9 @@ class _Launch:
 
     def _there(self) -> str | None:
         """None if Triton will find a whole entry; else what is wrong with what is there."""
-        name = f"{self.source.name[:150]}"
-        group = compat.triton_cache.get_cache_manager(self.hash).get_group(f"{name}.json") or {}
+        name = self.file
         try:
+            group = compat.triton_cache.get_cache_manager(self.hash).get_group(f"{name}.json") or {}
             missing = {f"{name}.json", f"{name}.{self.backend.binary_ext}"} - group.keys()
             return f"it lacks {sorted(missing)}" if missing else self._unsound(Path(group[f"{name}.json"]))
         except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
@@ -144,6 +149,11 @@ class _Launch:
                 return "a tensor descriptor has too many dimensions"
         return None
 
+    def _forget(self) -> None:
+        for name in (f"__grp__{self.file}.json", f"{self.file}.json"):
+            with contextlib.suppress(OSError):  # a folder that is not ours to write: Triton cannot write there either
+                (self.folder / self.entry / name).unlink(missing_ok=True)
+
     def _attempt(self, step: fallback.ChildStep, *, way: Way) -> tuple[Any, JobResult]:
         if (why := _not_ours()) is not None:
             raise UnserializableError("triton_hooks", why)
@@ -151,8 +161,10 @@ class _Launch:
             raise UnserializableError("target", f"a kernel for {self.target.backend}; known are {', '.join(BACKENDS)}")
         try:
             job = self._job()
-        except UnserializableError:
+        except (UnserializableError, TimeoutError):  # a deadline is the caller's
             raise
+        except JobError as error:
+            raise UnserializableError("payload_too_large", str(error)) from None
         except Exception as error:
             # Kernels, options and attributes of other people: what surprises us must not stop their launch.
             raise UnserializableError("not_encodable", f"{type(error).__name__}: {error}") from error
@@ -170,9 +182,8 @@ class _Launch:
             confinement=self.policy.confinement,
             target=f"{self.target.backend}:{self.target.arch}",
             environment=self.scheme.sandbox.environment(),
-            # As Triton calls the folder of an entry (3.6, 3.7).
-            entry=base64.b32encode(bytes.fromhex(self.hash)).decode().rstrip("="),
-            function=self.source.name[:150],
+            entry=self.entry,
+            function=self.file,
         )
         return Job(spec, data)
 
@@ -181,16 +192,14 @@ class _Launch:
         if isinstance(value, dict) and isinstance(name := value.get("name"), str) and name != self.hash:
             # What it is made of, or which ptxas there is, looks otherwise from there.
             raise UnserializableError("name", f"in a child the kernel's entry is {name[:80]!r}, not {self.hash!r}")
-        why = self._there()
-        if why is None:
-            group = compat.triton_cache.get_cache_manager(self.hash).get_group(f"{self.source.name[:150]}.json")
+        if (why := self._there()) is None:
+            manager = compat.triton_cache.get_cache_manager(self.hash)
             try:
-                compat.CompiledKernel(self.source, group, self.hash)
+                compat.CompiledKernel(self.source, manager.get_group(f"{self.file}.json"), self.hash)
                 return True
             except Exception as error:  # noqa: BLE001 - a child's words are read here, by Triton
                 why = f"{type(error).__name__}: {error}"
-                # Nobody is to find it again.
-                Path(group[f"{self.source.name[:150]}.json"]).unlink(missing_ok=True)
+        self._forget()
         raise WireError(f"{job_id} has made no entry {self.hash} that Triton can use: {why}")
 
     def _raised(self) -> None:

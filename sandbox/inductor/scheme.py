@@ -312,7 +312,7 @@ class _Compile:
                     self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region
                 )
             return self.data
-        except UnserializableError:
+        except (UnserializableError, TimeoutError):  # a deadline of the caller's, by a signal
             raise
         except Exception as error:
             # Settings, contexts and graphs of other people: what surprises us must not stop their compile.

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,14 +65,38 @@ def calls(aot_autograd: Callable[..., Any]) -> Callable[..., Any]:
         with _collecting() as made:
             compiled = aot_autograd(self, gm, example_inputs, **kwargs)
         # One program can become several graphs: those stay as they are.
-        return _switch(gm, compiled, made[0]) if len(made) == 1 and made[0].usable else compiled
+        usable = len(made) == 1 and made[0].usable and not _switches(gm)
+        return _switch(gm, compiled, made[0]) if usable else compiled
 
     return call
+
+
+def _calls(gm: torch.fx.GraphModule) -> Iterator[str]:
+    """The name of each function and method that the program calls, subgraphs included."""
+    for module in gm.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                if node.op == "call_method":
+                    yield str(node.target)
+                elif node.op == "call_function":
+                    yield getattr(node.target, "__name__", str(node.target))
+
+
+def _switches(gm: torch.fx.GraphModule) -> bool:
+    """Whether the program switches a state of its thread by calls in pairs (autocast, vmap), of which an error would
+    skip the second. Of the grad mode, see `run` below."""
+    return any(_SWITCH.search(name) and name != "_set_grad_enabled" for name in _calls(gm))
+
+
+def _writes(gm: torch.fx.GraphModule) -> bool:
+    """Whether it changes anything in place, by the names of what it calls: `add_`, `setitem`, `iadd`."""
+    return any((name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE for name in _calls(gm))
 
 
 def _switch(gm: torch.fx.GraphModule, compiled: Callable[..., Any], made: _Made) -> Callable[..., Any]:
     """``compiled``, but the program itself while there is nothing better."""
     compat.LazyGraphModule.force_recompile(gm)  # passes may have changed it
+    again = made.again and not _writes(gm)
     program = gm.forward  # AOTAutograd keeps the program as well, as long as there is its callable
     fails = False
 
@@ -85,7 +111,7 @@ def _switch(gm: torch.fx.GraphModule, compiled: Callable[..., Any], made: _Made)
         except BaseException as error:
             # What the program switches off and on again, as for `no_grad`, are calls in it: an error skips the second.
             torch.set_grad_enabled(grad)
-            if not made.again or not isinstance(error, Exception) or isinstance(error, _NO_MEMORY):
+            if not again or not isinstance(error, Exception) or isinstance(error, _NO_MEMORY):
                 raise
         # An operator that only its decomposition knows for these inputs; or the user's own error, which comes again.
         found = compiled(*arguments)
@@ -97,6 +123,8 @@ def _switch(gm: torch.fx.GraphModule, compiled: Callable[..., Any], made: _Made)
     return run
 
 
+_SWITCH = re.compile(r"enter|exit|push|pop|nesting|^_?set_(?!item)|inference_mode")
+_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i")) | {"setitem", "delitem", "setattr"}
 _NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 __all__ = ["calls", "note"]

@@ -100,6 +100,8 @@ class Walk:
         def start() -> tuple[str, Future[JobResult]]:
             try:
                 return job_id, self._sandbox.submit(job, name=self._name, step=name, cache=folders())
+            except TimeoutError:
+                raise
             except (SandboxError, OSError, RuntimeError) as error:
                 # It was closed meanwhile, or has no descriptor or thread left: the ladder knows what to do.
                 self._recorder.swallowed(error)
@@ -107,7 +109,8 @@ class Walk:
 
         name = way.first if step == "first" else step
         try:
-            # What a signal handler of the caller raises meanwhile (a deadline, Ctrl-C) is the caller's.
+            # What a signal handler of the caller raises meanwhile (a deadline, Ctrl-C) is the caller's; none of our own
+            # code raises a TimeoutError here.
             result, self.told = self._flight.result(name, start, self._interrupted)
         except _NotSubmitted as error:
             return None, no_child(Status.SANDBOX_ERROR, str(error), job_id)
@@ -119,6 +122,8 @@ class Walk:
             return way.load(result.value, result.job_id), result
         except WireError as error:
             return None, no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
+        except TimeoutError:
+            raise
         except OSError as error:
             return None, no_child(Status.SANDBOX_ERROR, f"the artifact cannot be loaded: {error}", result.job_id)
 
