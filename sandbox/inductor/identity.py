@@ -46,7 +46,12 @@ def _triton_version() -> str:
 
 def quarantine_key(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], facts: Mapping[str, str]) -> str:
     """SHA-256 by which a graph is quarantined: its own digest and ``facts``, those of :func:`made_for`."""
-    parts = [graph_digest(gm, example_inputs), *(f"{name}: {fact}" for name, fact in sorted(facts.items()))]
+    return key_of(graph_digest(gm, example_inputs), facts)
+
+
+def key_of(what: str, facts: Mapping[str, str]) -> str:
+    """SHA-256 by which anything is quarantined: the digest that says ``what`` it is, and ``facts``."""
+    parts = [what, *(f"{name}: {fact}" for name, fact in sorted(facts.items()))]
     return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()
 
 

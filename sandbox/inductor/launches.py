@@ -100,9 +100,7 @@ class _Launch:
         if not compat.triton_knobs.compilation.always_compile and self._there() is None:
             return
         facts = identity.made_for(self.policy, f"{self.target.backend}:{self.target.arch}")
-        parts = ["triton launch", self.hash, *(f"{name}: {fact}" for name, fact in sorted(facts.items()))]
-        quarantine_key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        way = Way(self._load, quarantine_key, facts, {})
+        way = Way(self._load, identity.key_of(f"triton launch {self.hash}", facts), facts, {})
         if (entry := self.scheme.quarantine.get(way.key)) is not None:
             self._quarantined(entry)
         made, step, result = self.walk.down(
