@@ -37,8 +37,10 @@ from sandbox.standby import Standbys
 
 #: How often a job is offered to a fresh forkserver when the one before died under it, a count.
 FORKSERVER_TRIES = 3
-#: Kernels built side by side in one job when the policy says 0, a count at most.
+#: Kernels built side by side in one job when the policy says 0, a count at most: each g++ takes some 300 MB, each
+#: helper for Triton's 80.
 MAX_KERNEL_THREADS = 8
+MAX_TRITON_HELPERS = 16
 #: Seconds that :meth:`Sandbox.close` waits for jobs that it has cancelled.
 CLOSE_SECONDS = 5.0
 
@@ -192,13 +194,13 @@ class Sandbox:
         template = self._forkserver.pid
         return residents(template, self._standbys.keepers) if template is not None else []
 
-    @property
-    def kernel_threads(self) -> int:
+    def kernel_threads(self, target: str) -> int:
         """How many kernels the next job should build side by side, a count: the policy's word, or else this job's share
-        of the cores beside the jobs that run, at least one."""
+        of the cores beside the jobs that run, at least one. ``target``: what it compiles for, as of the spec."""
         with self._lock:
             jobs = min(len(self._tasks) + 1, self.slots)
-        return self.policy.kernel_threads or max(1, min(usable_cores() // jobs, MAX_KERNEL_THREADS))
+        most = MAX_KERNEL_THREADS if target == "cpu" else MAX_TRITON_HELPERS
+        return self.policy.kernel_threads or max(1, min(usable_cores() // jobs, most))
 
     @property
     def standbys(self) -> int:

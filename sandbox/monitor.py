@@ -35,6 +35,7 @@ from sandbox.enforce import identity
 from sandbox.envelopes import Exited, KeeperReady, Reply, Started, parse_envelope
 from sandbox.errors import ForkserverError, WireError
 from sandbox.forkserver import SHORTAGES, Forkserver
+from sandbox.gpu_memory import GpuMemory
 from sandbox.jobs import CallableSpec, Job, TritonLaunchSpec
 from sandbox.keeper import KILL, KILL_WITH_STACKS
 from sandbox.launch import KILL_SECONDS, Launched, check_closed, launch, only_init_lives, see_dead
@@ -99,6 +100,7 @@ class _Watch:
     stderr_bytes: int = 0
     cpu_seconds: float = 0.0
     peak_memory: int = 0
+    gpu_memory: GpuMemory | None = None
 
     def __post_init__(self) -> None:
         self.seen.forked = self.child.pid is not None
@@ -198,6 +200,8 @@ def run(
             if not child.standby:
                 child.measure()
             watch.seen.mechanisms.update(child.mechanisms)
+            if spec.gpu:
+                watch.gpu_memory = GpuMemory()
             for channel in (child.worker, child.keeper):
                 channel.setblocking(False)
             os.set_blocking(child.stderr, False)
@@ -207,6 +211,9 @@ def run(
             if not (reported and only_init_lives(child, watch.seen.mechanisms)):
                 see_dead(child, reported)
                 left += _recorded(child.folder)
+            if watch.gpu_memory is not None:
+                left += watch.gpu_memory.left()
+                watch.seen.mechanisms["gpu_memory"] = watch.gpu_memory.mechanism
             # The kernel and the disk take their time for it, and no answer has to wait.
             stack.callback(background.add, child.clear_away, MAX_ENDING)
         cause = watch.seen.cause
@@ -469,6 +476,11 @@ def _sample(watch: _Watch, ticks: int) -> None:
             Status.MEMORY_LIMIT,
             f"{usage.memory_bytes} bytes of private memory, limits.memory_bytes = {limits.memory_bytes}",
         )
+    elif watch.gpu_memory is not None and watch.gpu_memory.sample(watch.child.meter.seen) > limits.gpu_memory_bytes:
+        watch.breach(
+            Status.MEMORY_LIMIT,
+            f"{watch.gpu_memory.peak_bytes} bytes of GPU memory, limits.gpu_memory_bytes = {limits.gpu_memory_bytes}",
+        )
     elif watch.cpu_seconds > limits.cpu_seconds:
         watch.breach(
             Status.CPU_LIMIT, f"{watch.cpu_seconds:.1f} s of CPU time, limits.cpu_seconds = {limits.cpu_seconds:g}"
@@ -535,6 +547,7 @@ def _result(watch: _Watch, targets: dict[str, Path], queued: float) -> JobResult
             start_seconds=reply.start_seconds if reply else 0.0,
             cpu_seconds=max(watch.cpu_seconds, (exited.cpu_seconds if exited else 0.0) - watch.child.cpu_seconds),
             peak_memory_bytes=max(watch.peak_memory, exited.peak_memory_bytes if exited else 0),
+            peak_gpu_memory_bytes=watch.gpu_memory.peak_bytes if watch.gpu_memory is not None else 0,
             memory_granted_bytes=spec.limits.memory_bytes,
             stderr_bytes=watch.stderr_bytes,
         ),

@@ -70,6 +70,10 @@ class Usage(_Model):
     """Highest private memory of the process tree that the watchdog saw, in bytes; or what the job's cgroup counted at
     its peak, page cache and kernel memory included, if that is more."""
 
+    peak_gpu_memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Most GPU memory of the process tree that the watchdog saw, in bytes; 0 for a job that may use none, or where NVML
+    does not tell."""
+
     memory_granted_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """What it was allowed to use: `limits.memory_bytes`, or less where less was free. 0 if it was not started."""
 
@@ -82,6 +86,7 @@ LeakKind = Literal[
     "fd", "socket", "pipe", "eventfd", "epoll", "timerfd", "signalfd", "inotify", "memfd", "pidfd",
     "gpu_handle",  # a descriptor of /dev/nvidia*
     "cuda_context",  # a descriptor of /dev/nvidia-uvm
+    "gpu_memory",  # held by a process that has ended, as NVML tells it
     "thread",
     "deleted_map",  # a mapped file without a name
     "tracked_resource",  # registered at a resource tracker of multiprocessing, and not taken back

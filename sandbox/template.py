@@ -75,11 +75,9 @@ def _warm(settings: dict[str, Any]) -> dict[str, Any]:
     """Import and warm up as the policy says; returns facts for the parent."""
     started = time.monotonic()
     if settings["import_torch"]:
-        # By name, as a worker does it: this module itself knows no torch. The check imports all that a compile uses.
+        # By name, as a worker does it: this module itself knows no torch.
         importlib.import_module("sandbox.inductor.job")
-        importlib.import_module("sandbox.inductor.compat").check()
-        if settings["warm_up"]:
-            importlib.import_module("sandbox.inductor.warmup").warm_up(settings["gpus_hidden"])
+        importlib.import_module("sandbox.inductor.warmup").prepare(settings["warm_up"], settings["gpus_hidden"])
     importlib.import_module(trackers.TRACKER)
     importlib.import_module("sandbox.callables")
     for module in settings["preload"]:

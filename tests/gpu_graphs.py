@@ -46,6 +46,14 @@ def captured(call: Callable[[Callable[..., Any]], Any], training: bool = False) 
     return found
 
 
+@functools.cache
+def lend_device_guard() -> Any:
+    """For as long as this process lives: so do the graphs."""
+    lent = compat.lent_device_guard()
+    lent.__enter__()
+    return lent
+
+
 class _OnCuda(torch.fx.Interpreter):  # type: ignore[misc]
     """Runs a graph with its devices replaced, and with the given tensors for its constants."""
 
@@ -63,7 +71,7 @@ class _OnCuda(torch.fx.Interpreter):  # type: ignore[misc]
 
 def moved(gm: torch.fx.GraphModule, inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
     """The same graph with every tensor on `cuda`, FakeTensors for its inputs, and its constants among them."""
-    compat.lend_device_guard()
+    lend_device_guard()
     names = list(dict.fromkeys(node.target for node in gm.graph.nodes if node.op == "get_attr"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

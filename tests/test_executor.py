@@ -102,12 +102,20 @@ def test_jobs_share_the_cores_for_their_kernels(monkeypatch: pytest.MonkeyPatch)
         shares = []
         jobs = [sandbox.callable_job(sleep_long) for _ in range(4)]
         for job in jobs:
-            shares.append(box.kernel_threads)
+            shares.append(box.kernel_threads("cpu"))
             box.submit(job)
         assert shares == [6, 3, 2, 2], "the fourth waits until one of the others has ended"
     with sandbox.Sandbox(light_policy(kernel_threads=5)) as box:
         box.submit(sandbox.callable_job(sleep_long))
-        assert box.kernel_threads == 5, "what the policy names is taken as it is"
+        assert box.kernel_threads("cpu") == box.kernel_threads("cuda:90") == 5, (
+            "what the policy names is taken as it is"
+        )
+
+
+def test_a_graph_for_a_gpu_has_more_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox.executor.usable_cores", lambda: 64)
+    with sandbox.Sandbox(light_policy()) as box:
+        assert (box.kernel_threads("cpu"), box.kernel_threads("cuda:90")) == (8, 16)
 
 
 def test_a_waiting_job_can_be_cancelled() -> None:

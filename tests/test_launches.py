@@ -109,6 +109,46 @@ def test_a_launch_is_compiled_in_a_child_and_found_by_triton(box: sandbox.Sandbo
     assert hits == [True, True]
 
 
+def test_a_source_that_is_compiled_by_name(box: sandbox.Sandbox, hits: list[bool]) -> None:
+    """`triton.compile`, as code that builds kernels ahead calls it."""
+    signature = {"x": "*fp32", "y": "*fp32", "out": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+    source = triton.compiler.ASTSource(kernels.add, dict(zip(kernels.add.arg_names, signature.values(), strict=True)),
+                                       {"BLOCK": 256})  # fmt: skip
+    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+    made: list[Any] = []
+    assert counted(box, lambda: made.append(triton.compile(source, target, {"num_warps": 8}))) == ({"in_child": 1}, 1)
+    assert hits == [True] and made[0].metadata.num_warps == 8 and made[0].metadata.target.arch == 80
+
+
+def test_kernels_that_inductor_compiles_late(
+    box: sandbox.Sandbox, hits: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it tunes by running it, it compiles in the service, kernel after kernel: by children, too."""
+    import gpu_graphs
+
+    from sandbox.gpus import recorded
+    from sandbox.inductor import compat, snapshot
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    ((gm, inputs, _),) = gpu_graphs.captured(
+        lambda compile: compile(lambda x: torch.softmax(x, -1).sum(0))(torch.randn(300, 5000))
+    )
+    result = box.submit(sandbox.graph_job(gm, inputs)).result()
+    assert result.status.value == "ok", result.detail
+    code = result.value["graph"]["source_code"]
+    name, source = next(
+        (part.split("'")[1], part.split("'''")[1]) for part in code.split("async_compile.triton(")[1:] if "'''" in part
+    )
+    gpus = recorded("cuda:90")
+    assert gpus is not None
+    with snapshot.answering(gpus):
+        kernel = compat.load_triton_kernel(name, source)
+        count = len(kernel.configs)
+        counts, children = counted(box, lambda: kernel.precompile(warm_cache_only=True))
+    assert hits and all(hits), "Triton has compiled it in this process"
+    assert counts == {"in_child": children} and children == count >= 1
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "helper": add,
     "constexpr function": lambda: launch(

@@ -25,7 +25,7 @@ LAYERS = """
     enforce.cgroups
     jobs                          # what is to be done
     artifacts ledger meter trackers   # files handed back; what is held; what is used
-    origins reclaim footprint
+    origins reclaim footprint gpu_memory
     leftovers
     policy                        # what is allowed
     capsule                       # what a failed job leaves
@@ -95,7 +95,6 @@ LAYERS = """
 BY_NAME = {
     "sandbox.template": {
         "sandbox.callables",
-        "sandbox.inductor.compat",
         "sandbox.inductor.job",
         "sandbox.inductor.warmup",
     },

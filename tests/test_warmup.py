@@ -12,10 +12,12 @@ import pytest
 #: In a process of its own: the answers of the probe, which are taken for granted here, stay in it.
 PROGRAM = """
 import os, warnings
+import torch
 from sandbox.inductor import compat, compile, samples, warmup
 
 warnings.simplefilter("error", UserWarning)
 warmup._no_progress_thread()
+before_is_available = torch.cuda.is_available()
 seen = []
 def run(data, overrides, threads):
     value = compile.run(data, overrides, threads)
@@ -23,8 +25,11 @@ def run(data, overrides, threads):
     return value
 warmup.run = run
 with compat.inductor_config.patch({"cpp.vec_isa_ok": True}):
-    warmup._lower()
+    warmup._lower("cpu")
 assert len(seen) == len(list(samples.lowered())), seen
+warmup._warm_gpu()
+assert len(seen) == 2 * len(list(samples.lowered())) + 1, seen
+assert torch.cuda.is_available() is before_is_available is False
 assert not any(seen), f"kernels were built: {seen}"
 assert len(os.listdir("/proc/self/task")) == 1, "a thread is left"
 
@@ -32,15 +37,16 @@ def files():
     return sorted(os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
 
 before, known = files(), len(seen)
-warmup._rehearsed[:] = [samples.built(), samples.built()]
+(_, gpus), = warmup._rehearsed
+warmup._rehearsed[:] = [(samples.built(), None), (samples.built(), None)]
 answers = [True, False]
 warmup.rehearse(lambda: answers.pop(0))
 assert len(seen) == known + 1 and seen[-1] == 0, "one graph, while there was time, and nothing built"
 assert files() == before, "a rehearsal leaves files that would pass for the job's"
 
-samples.lowered = lambda: [("broken", lambda: 1 / 0)]
+samples.lowered = lambda device: [("broken", lambda: 1 / 0)]
 try:
-    warmup._lower()
+    warmup._lower("cpu")
 except UserWarning as warning:
     print(warning)
 """
@@ -55,22 +61,21 @@ def test_every_sample_is_lowered_and_no_thread_stays(tmp_path: Path) -> None:
         [sys.executable, "-c", PROGRAM], env=environment | single, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "'broken' could not be lowered: division by zero" in done.stdout
+    assert "'broken' could not be lowered for cpu: division by zero" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("present", "hidden", "whole"), [(False, False, True), (True, False, False), (True, True, True)]
+    ("present", "hidden", "gpu"), [(False, False, False), (True, False, True), (True, True, False)]
 )
-def test_beside_a_gpu_only_the_compiler_is_warmed(
-    present: bool, hidden: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+def test_graphs_for_gpus_are_warmed_where_there_are_some(
+    present: bool, hidden: bool, gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lowering asks CUDA would spoil the template for children that use it; where none does, nothing is spoilt."""
     from sandbox.inductor import warmup
 
     done: list[str] = []
     monkeypatch.setattr(warmup.devices, "present", lambda: present)
-    for name in ("_probe", "_lower", "_warm_compiler", "run"):
+    for name in ("_probe", "_lower", "_warm_gpu", "run"):
         monkeypatch.setattr(warmup, name, lambda *_, name=name: done.append(name))
     monkeypatch.setattr(warmup.samples, "built", lambda: b"")
-    warmup.warm_up(hidden)
-    assert done == (["_probe", "run", "_lower"] if whole else ["_warm_compiler"])
+    warmup.prepare(True, hidden)
+    assert done == ["_probe", "run", "_lower", *(["_warm_gpu"] if gpu else [])]

@@ -124,6 +124,7 @@ NAMES: Final[Mapping[str, Private]] = {
     # Kernels: where they are built and loaded.
     "async_compile": Private("torch._inductor.async_compile"),
     "AsyncCompile": Private("torch._inductor.async_compile:AsyncCompile"),
+    "load_triton_kernel": Private("torch._inductor.async_compile:_load_triton_kernel_from_source"),
     "codecache": Private("torch._inductor.codecache"),
     "CppCodeCache": Private("torch._inductor.codecache:CppCodeCache"),
     "vec_isas": Private("torch._inductor.cpu_vec_isa:supported_vec_isa_list", ("2.13",)),
@@ -161,6 +162,7 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.async_compile:AsyncCompile.pool",
     "torch._inductor.async_compile:AsyncCompile.triton",
     "torch._inductor.codecache:LambdaFuture",
+    "torch._inductor.runtime.triton_heuristics:CachingAutotuner._precompile_config",
     "torch._inductor.async_compile:maybe_warm_pool",
     "torch._inductor.codecache:FxGraphCache._save_graph",
     "torch._inductor.codecache:FxGraphCache.prepare_key",
@@ -307,6 +309,25 @@ def wrap_launches(wrap: Callable[[Compile], Compile]) -> Compile:
     return before
 
 
+def wrap_triton_compile(wrap: Callable[[Compile], Compile]) -> Compile:
+    """Put ``wrap(what stands there)`` where `triton.compile` is looked up, and return what stood there. Launches do not
+    look there. It is called as `(src, target=None, options=None)`."""
+    module: Any = importlib.import_module("triton")
+    before: Compile = module.compile
+    module.compile = wrap(before)
+    return before
+
+
+def triton_options(source: Any, target: Any, options: Any) -> tuple[Any, Any, Any]:
+    """Target, backend and options of a compile, as `triton.compile` finds them (3.6, 3.7)."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.driver import driver
+
+    target = target or driver.active.get_current_target()
+    backend = make_backend(target)
+    return target, backend, backend.parse_options({**(options or {}), **source.parse_options()})
+
+
 def make_fx(function: Compile, decompositions: Any, mode: str) -> Compile:
     """`torch.fx`'s tracer of tensor programs; ``mode`` is `fake` or `symbolic`."""
     traced: Compile = _look_up(NAMES["make_fx"].where)(function, decomposition_table=decompositions, tracing_mode=mode)
@@ -334,6 +355,11 @@ def compile_in_process(
     return scheme.codegen_and_compile(gm, example_inputs, inputs_to_check, graph_kwargs)
 
 
+def compile_configuration(kernel: Any, configuration: Any) -> None:
+    """One of a kernel's, into Triton's cache. ``kernel``: a `CachingAutotuner`, which is left as it is."""
+    kernel._precompile_config(configuration)
+
+
 @contextmanager
 def raw_stream() -> Iterator[None]:
     """Generated code for a GPU imports `torch._C._cuda_getCurrentRawStream`, which a PyTorch for the CPU lacks."""
@@ -350,16 +376,43 @@ def raw_stream() -> Iterator[None]:
             delattr(torch._C, name)
 
 
-def lend_device_guard() -> None:
-    """In a PyTorch for the CPU: give tensors on `cuda` the guard of those on the CPU, which does nothing. Without any,
-    some of Python's operators raise for FakeTensors on `cuda`. (PyTorch's own `_ensureCUDADeviceGuardSet` replaces one
-    that is there.) For good, in this process."""
+@contextmanager
+def lent_device_guard() -> Iterator[None]:
+    """Inside the block, tensors on `cuda` have the guard of those on the CPU, which does nothing. CUDA's own asks the
+    driver, and a PyTorch for the CPU has none, without which some of Python's operators raise for FakeTensors."""
     import torch
 
     library = ctypes.CDLL(os.path.join(torch.__path__[0], "lib", "libc10.so"))
     guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")  # 2.11, 2.13
-    if guards[1] is None:
-        guards[1] = guards[0]
+    before = guards[1]
+    guards[1] = guards[0]
+    try:
+        yield
+    finally:
+        guards[1] = before
+
+
+@contextmanager
+def triton_driver(driver: Any) -> Iterator[Callable[[], None]]:
+    """Inside the block, ``driver`` is Triton's. Yields what makes it so again, if somebody has chosen another."""
+    from triton.runtime.driver import driver as known
+
+    before = known._active
+    known.set_active(driver)
+    try:
+        yield lambda: known.set_active(driver)
+    finally:
+        known._active = before
+
+
+#: Settings of Inductor's with which it runs kernels to choose the fastest while it compiles (2.11, 2.13).
+_MEASURED: Final = ("max_autotune", "max_autotune_gemm", "benchmark_fusion", "benchmark_combo_kernel")
+
+
+def measures() -> bool:
+    """Whether Inductor, as it is set, runs kernels to choose the fastest while it compiles for a GPU."""
+    config = _look_up(NAMES["inductor_config"].where)
+    return any(getattr(config, name, False) for name in _MEASURED) or bool(config.triton.multi_kernel)
 
 
 def makes_packages() -> bool:
@@ -373,27 +426,30 @@ def makes_packages() -> bool:
 
 
 _pool_lock = threading.Lock()
-_warm_pool: Callable[[], None] | None = None
+_pool_before: list[tuple[Any, str, Any]] = []
 
 
 def disable_worker_pool(when: Callable[[], bool] = lambda: True) -> None:
-    """Keep Dynamo's Inductor backend from starting Inductor's own worker processes, while ``when()``. Idempotent."""
-    global _warm_pool
+    """Keep Inductor from starting and from using its own worker processes, while ``when()``. Idempotent.
+
+    Dynamo's backend starts them ahead, and whatever asks whether they are to be used does, too.
+    """
     module: Any = importlib.import_module("torch._inductor.async_compile")
     with _pool_lock:
-        if _warm_pool is None:
-            original = _warm_pool = module.maybe_warm_pool
-            module.maybe_warm_pool = lambda: None if when() else original()
+        if _pool_before:
+            return
+        warm, use = module.maybe_warm_pool, vars(module.AsyncCompile)["use_process_pool"]
+        _pool_before[:] = [(module, "maybe_warm_pool", warm), (module.AsyncCompile, "use_process_pool", use)]
+        module.maybe_warm_pool = lambda: None if when() else warm()
+        module.AsyncCompile.use_process_pool = classmethod(lambda cls: not when() and use.__func__(cls))
 
 
 def enable_worker_pool() -> None:
     """Undo :func:`disable_worker_pool`."""
-    global _warm_pool
-    module: Any = importlib.import_module("torch._inductor.async_compile")
     with _pool_lock:
-        if _warm_pool is not None:
-            module.maybe_warm_pool = _warm_pool
-            _warm_pool = None
+        for owner, name, value in _pool_before:
+            setattr(owner, name, value)
+        _pool_before.clear()
 
 
 def hints_of(shape_env: Any) -> dict[Any, Any]:

@@ -28,6 +28,7 @@ def run(
     kernel_threads: int,
     debug_root: str | None = None,
     aoti_folder: str = "",
+    on_gpu: bool = False,
 ) -> dict[str, Any]:
     """Compile the graph of a payload and return the reply: plain builtin data only.
 
@@ -39,6 +40,7 @@ def run(
         kernel_threads: C++ kernels of this graph that are built side by side, a count.
         debug_root: folder for the files of TORCH_COMPILE_DEBUG. None: the one that the payload names.
         aoti_folder: folder for the files of an AOTInductor package, an absolute path.
+        on_gpu: whether this process may use a GPU itself, which forks of it could not.
 
     Raises:
         UnserializableError: when the graph cannot be rebuilt here or its result cannot be sent.
@@ -54,7 +56,7 @@ def run(
         stack.enter_context(private_folders())
         stack.enter_context(request.contexts())
         stack.enter_context(threads(kernel_threads))
-        stack.enter_context(helpers.side_by_side(kernel_threads))
+        stack.enter_context(helpers.side_by_side(1 if on_gpu else kernel_threads))
         stack.enter_context(compat.inductor_config.patch(settings(config_overrides, kernel_threads)))
         # Inductor's own default lies below the current folder.
         root = debug_root or request.settings["debug_root"]

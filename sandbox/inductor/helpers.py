@@ -1,15 +1,15 @@
 """In a child: the Triton kernels of a graph are compiled side by side, by forks of the child.
 
 Inductor has a pool of processes for that, which lives on; and Triton's front end holds the interpreter, so threads
-would wait for each other. A helper compiles kernels into the job's own Triton cache. The child then does what it would
-have done alone, and finds the binaries. A helper that fails or dies says nothing of it: the child comes to the same
-error itself, or dies of it, and that is how the job ends.
+would wait for each other. What a helper is given is one configuration of one kernel (a reduction has five or more), which
+it compiles into the job's own Triton cache. The child then does what it would have done alone, and finds the binaries. A
+helper that fails or dies says nothing of it: the child comes to the same error itself, or dies of it, and that is how the
+job ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import pickle
 import signal
@@ -28,7 +28,7 @@ _LENGTH = 8
 
 
 class _Helper:
-    """One fork, which compiles one kernel after the other. Its group of processes is its own."""
+    """One fork, which compiles one thing after the other. Its group of processes is its own."""
 
     def __init__(self, work: Callable[[Any], object]) -> None:
         child = os.getpid()
@@ -101,29 +101,57 @@ def _serve(channel: socket.socket, answers: int, work: Callable[[Any], object]) 
             os.write(answers, b".")
 
 
+def _configurations(name: str, source: str) -> int:
+    """How many a kernel has; 1 if it is of a kind that has none."""
+    return len(getattr(compat.load_triton_kernel(name, source), "configs", None) or ()) or 1
+
+
+def _compile_one(what: tuple[str, str, int]) -> None:
+    """In a helper: one configuration of a kernel."""
+    name, source, number = what
+    kernel = compat.load_triton_kernel(name, source)
+    compat.compile_configuration(kernel, kernel.configs[number])
+
+
 @contextlib.contextmanager
 def side_by_side(count: int) -> Iterator[None]:
     """Inside the block Inductor's Triton kernels are compiled by up to ``count`` helpers at the same time, which are
-    forked when there are kernels. By none where the child uses a GPU itself, which its forks could not, or has other
-    threads."""
+    forked when there are kernels: by each as soon as its source is written, while the child writes the next. By none
+    where the child has other threads."""
     compile_one = compat.AsyncCompile.triton
     helpers: list[_Helper] = []
+    given: dict[str, list[tuple[_Helper, int]]] = {}  # by source: who has which of its configurations, as what number
 
-    def triton(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
-        alone = functools.partial(compile_one, self, kernel_name, source_code, device_str)
+    def least_busy() -> _Helper | None:
+        """A new one while there is work for it and it may be made."""
         alive = (one for one in helpers if one.done < sys.maxsize)
-        helper = min(alive, key=lambda one: one.given - one.done, default=None)
-        if len(helpers) < count and (helper is None or helper.given > helper.done):
+        found = min(alive, key=lambda one: one.given - one.done, default=None)
+        if len(helpers) < count and (found is None or found.given > found.done):
             with contextlib.suppress(OSError):  # no process or descriptor left: slower, but no reason to fail
                 if _may_fork():
-                    helper = _Helper(lambda kernel: compile_one(self, *kernel))
-                    helpers.append(helper)
-        if helper is None:
-            return alone()
-        number = helper.give((kernel_name, source_code, device_str))
+                    found = _Helper(_compile_one)
+                    helpers.append(found)
+        return found
+
+    def give(name: str, source: str) -> None:
+        given[source] = []
+        for number in range(_configurations(name, source)):
+            if (helper := least_busy()) is not None:
+                given[source].append((helper, helper.give((name, source, number))))
+
+    def triton(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
+        def alone() -> Any:
+            with compat.replaced(compat.AsyncCompile, "use_process_pool", classmethod(lambda cls: False)):
+                return compile_one(self, kernel_name, source_code, device_str)
+
+        if source_code not in given:
+            if least_busy() is None:
+                return alone()
+            give(kernel_name, source_code)
 
         def result() -> Any:
-            helper.wait(number)
+            for helper, number in given[source_code]:
+                helper.wait(number)
             return alone()
 
         return compat.codecache.LambdaFuture(result)
@@ -131,7 +159,11 @@ def side_by_side(count: int) -> Iterator[None]:
     if count < 2:
         yield
         return
-    with compat.replaced(compat.AsyncCompile, "triton", triton):
+    with (
+        compat.replaced(compat.AsyncCompile, "triton", triton),
+        # Inductor asks, when it has written a kernel, whether there is anybody to compile it.
+        compat.replaced(compat.AsyncCompile, "use_process_pool", classmethod(lambda cls: _may_fork())),
+    ):
         try:
             yield
         finally:

@@ -76,10 +76,12 @@ def uninstall() -> None:
             compat.replace_save_graph(_original_save)
             compat.wrap_aot_autograd(lambda _: _original_aot)
             if _original_launch is not None:
-                compat.wrap_launches(lambda _: _original_launch)
+                launch, source = _original_launch
+                compat.wrap_launches(lambda _: launch)
+                compat.wrap_triton_compile(lambda _: source)
                 _original_launch = None
-            compat.enable_worker_pool()
             cached.remove()
+            compat.enable_worker_pool()
             _original = None
     for scheme in schemes:
         scheme.close()
@@ -180,11 +182,14 @@ def _hook() -> None:
         _original_save = compat.replace_save_graph(_save_graph)
         _original_aot = compat.wrap_aot_autograd(traced.calls)
         if all(map(compat.has, launches.NEEDED)):
-            _original_launch = compat.wrap_launches(lambda original: launches.calls(original, _scheme_of_launches))
+            _original_launch = (
+                compat.wrap_launches(lambda original: launches.calls(original, _scheme_of_launches)),
+                compat.wrap_triton_compile(lambda original: launches.compiles(original, _scheme_of_kernels)),
+            )
         cached.install(_in_children, _key_for)
         compat.set_ptxas_path()  # before anybody asks Triton for its version; children do the same
         # A process that only uses the backend keeps Inductor's own workers for its other compiles.
-        compat.disable_worker_pool(lambda: _installed is not None or _current.get() is not None)
+        compat.disable_worker_pool(_in_children)
 
 
 def _dispatch(
@@ -217,6 +222,11 @@ def _usable(scheme: Scheme | None) -> Scheme | None:
 def _scheme_of_launches() -> Scheme | None:
     """Kernels are compiled as :func:`install` says; those of a process that only uses the backend are left alone."""
     return _usable(_installed)
+
+
+def _scheme_of_kernels() -> Scheme | None:
+    """Those of a graph may also be of a scheme that only this thread has."""
+    return _usable(_current.get() or _installed)
 
 
 def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:

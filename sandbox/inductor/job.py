@@ -17,12 +17,13 @@ def prepare(spec: FxGraphSpec, payload: bytes) -> Callable[[], dict[str, Any]]:
     settings in the payload must be in force while its graph is rebuilt."""
     if spec.gpu:
         devices.show()
+    cuda = contextlib.nullcontext() if spec.gpu else snapshot.of(spec.gpus)
     # Beside Inductor's cache folder, among the files that are handed back.
     artifacts = os.path.dirname(compat.runtime_cache_dir())
     debug, aoti = os.path.join(artifacts, "debug"), os.path.join(artifacts, "aoti")
 
     def work() -> dict[str, Any]:
-        with contextlib.nullcontext() if spec.gpus is None else snapshot.answering(spec.gpus):
-            return child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti)
+        with cuda:
+            return child_side.run(payload, dict(spec.config_overrides), spec.kernel_threads, debug, aoti, spec.gpu)
 
     return work

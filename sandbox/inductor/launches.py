@@ -60,6 +60,31 @@ def calls(compile_launch: Callable[..., Any], current: Callable[[], Scheme | Non
     return call
 
 
+def compiles(compile_source: Callable[..., Any], current: Callable[[], Scheme | None]) -> Callable[..., Any]:
+    """What stands in for `triton.compile`, given here: by it Inductor's kernels are compiled in the service, where it
+    tunes them by running them, or has found that one takes too many registers. A graph's own kernels are in the cache.
+
+    Args:
+        current: the scheme of the calling thread; None if there is none.
+    """
+
+    @functools.wraps(compile_source)
+    def call(src: Any, target: Any = None, options: Any = None, *args: Any, **kwargs: Any) -> Any:
+        scheme = current()
+        if (
+            scheme is not None
+            and scheme.mode in WITH_CHILDREN
+            and scheme.policy.triton_launches
+            and type(src) is compat.ASTSource  # not what is written in another language than Triton
+            and not (args or kwargs)
+        ):
+            target, backend, chosen = compat.triton_options(src, target, options)
+            _Launch(scheme, src.fn, src.signature, src.constants, src.attrs, chosen, target, backend).run()
+        return compile_source(src, target, options, *args, **kwargs)
+
+    return call
+
+
 class _Launch:
     """One kernel with one signature."""
 
@@ -231,4 +256,4 @@ def _not_ours() -> str | None:
     return None
 
 
-__all__ = ["NEEDED", "calls"]
+__all__ = ["NEEDED", "calls", "compiles"]

@@ -1,10 +1,12 @@
 """The sample graphs of the template's warm-up: small, and between them they touch what most graphs touch.
 
-Traced with fake tensors only: Dynamo and the autograd engine would start CUDA, and threads, in the template.
+Traced with fake tensors only: Dynamo and the autograd engine would start CUDA, and threads, in the template. Those for a
+GPU are made where a snapshot answers for one (:mod:`sandbox.inductor.snapshot`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
@@ -18,17 +20,12 @@ _Outputs = tuple[torch.Tensor, ...]
 _aten: Final = torch.ops.aten
 
 
-def built() -> bytes:
+def built(device: str = "cpu") -> bytes:
     """The payload of the one graph that is compiled to its end."""
-    return _sample(_linear, (torch.ones(8, 8), torch.ones(8, 8)))
+    return _sample(_linear, (torch.ones(8, 8), torch.ones(8, 8)), device)
 
 
-def reductions() -> bytes:
-    """The payload of the one that has the most kernels of different kinds."""
-    return _sample(_reductions, (torch.ones(24, 40),))
-
-
-def lowered() -> Iterator[tuple[str, Callable[[], bytes]]]:
+def lowered(device: str = "cpu") -> Iterator[tuple[str, Callable[[], bytes]]]:
     """The others: a name, and what makes the payload."""
     square, image, heads = torch.ones(8, 8), torch.ones(2, 3, 12, 12), torch.ones(2, 4, 6, 8)
     low, numbers = square.bfloat16(), torch.arange(8)
@@ -45,17 +42,21 @@ def lowered() -> Iterator[tuple[str, Callable[[], bytes]]]:
     }
     for function, arguments in graphs.items():
         name = function.__name__.strip("_")
-        yield name, partial(_sample, function, arguments, is_backward=name == "backward", dynamic=name == "shapes")
+        yield (
+            name,
+            partial(_sample, function, arguments, device, is_backward=name == "backward", dynamic=name == "shapes"),
+        )
 
 
 def _linear(x: torch.Tensor, y: torch.Tensor) -> _Outputs:
-    return (torch.softmax(functional.gelu(x @ y), -1).sum(0) + torch.arange(8),)
+    return (torch.softmax(functional.gelu(x @ y), -1).sum(0) + torch.arange(8, device=x.device),)
 
 
 def _backward(x: torch.Tensor, w: torch.Tensor) -> _Outputs:
     out, mean, rstd = _aten.native_layer_norm(_aten.addmm(x, x, w), [8], None, None, 1e-5)
-    mask = _aten.bernoulli.p(_aten.empty_like(out), 0.5)
-    grad, _, _ = _aten.native_layer_norm_backward(out * mask, x, [8], mean, rstd, None, None, [True, False, False])
+    grad, _, _ = _aten.native_layer_norm_backward(
+        torch.where(out > 0, out, 0), x, [8], mean, rstd, None, None, [True, False, False]
+    )
     image, kernel = x.view(1, 1, 8, 8), w.view(1, 1, 8, 8)[..., :1, :1]
     down, weight, _ = _aten.convolution_backward(
         image, image, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
@@ -75,9 +76,11 @@ def _convolution(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> _Outputs:
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Outputs:
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask = torch.ones(6, 6, dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.transpose(-2, -1) * 0.35).masked_fill(~mask, float("-inf"))
     mixed = (torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(12, 32)
+    if q.device.type != "cpu":
+        return (mixed * torch.rsqrt(mixed.pow(2).mean(-1, keepdim=True) + 1e-6),)  # which kernel, a driver is asked
     fused = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return mixed * torch.rsqrt(mixed.pow(2).mean(-1, keepdim=True) + 1e-6), fused
 
@@ -115,12 +118,17 @@ def _random(x: torch.Tensor) -> _Outputs:
 def _sample(
     function: Callable[..., Any],
     arguments: tuple[torch.Tensor, ...],
+    device: str = "cpu",
     *,
     is_backward: bool = False,
     dynamic: bool = False,
 ) -> bytes:
-    table = compat.decompositions()
-    gm = compat.make_fx(function, table, "symbolic" if dynamic else "fake")(*arguments)
+    with contextlib.nullcontext() if device == "cpu" else compat.FakeTensorMode():
+        mode = "symbolic" if dynamic else "fake"
+        if device != "cpu":
+            mode = "real"  # of what are FakeTensors already
+            arguments = tuple(torch.empty(each.shape, dtype=each.dtype, device=device) for each in arguments)
+        gm = compat.make_fx(function, compat.decompositions(), mode)(*arguments)
     inputs = [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
     kwargs = {
         "cudagraphs": compat.BoxedBool(False),

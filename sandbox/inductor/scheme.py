@@ -64,6 +64,8 @@ MODES: Final[tuple[str, ...]] = get_args(Mode)
 WITH_CHILDREN: Final = ("subprocess", "async", "progressive")
 #: Those in which graphs run before they are compiled, or well compiled.
 DEFERRED: Final = ("async", "progressive")
+#: Why a child without a GPU gives up, as of `walk.reason_of`.
+NEEDS_GPU: Final = "unserializable: needs_gpu"
 #: Different warnings of one process, a count at most.
 MAX_WARNED: Final = 500
 #: Seconds that :meth:`Scheme.close` waits for a graph that is being loaded, at most.
@@ -178,6 +180,8 @@ class _Compile:
         self.same: tuple[str, str] | None = None  # what another thread's graph must have to be the same
         if (key := cached.key_of(gm)) is not None:
             self.same = key, payload.taken_for_granted(example_inputs)
+        # Whether kernels are run to find the fastest: by these settings they mostly are, and else a child says so.
+        self.measures = compat.measures()
         self.folders: dict[str, Path] | None = None  # where artifacts go; None: where the caches are then
 
     def run(self) -> Any:
@@ -260,6 +264,13 @@ class _Compile:
 
     def _attempt(self, step: fallback.ChildStep, *, way: Way) -> tuple[Any, JobResult]:
         """One child. Returns what ``way`` makes of its reply, or None, and how the child ended."""
+        output, result = self._child(step, way)
+        if not self.measures and self.policy.gpu and reason_of(result) == NEEDS_GPU:
+            self.measures = True
+            output, result = self._child(step, way)
+        return output, result
+
+    def _child(self, step: fallback.ChildStep, way: Way) -> tuple[Any, JobResult]:
         target, gpus = self.target, self._gpus()
         if aoti.wanted():
             aoti.check_sendable(self.graph_kwargs, target)
@@ -273,10 +284,10 @@ class _Compile:
             limits=self.policy.limits,
             confinement=self.policy.confinement,
             target=target,
-            gpu=self.policy.gpu and target != "cpu",
+            gpu=self.policy.gpu and target != "cpu" and gpus is None,
             gpus=gpus,
             # Each takes memory of its own, which may be what there was too little of.
-            kernel_threads=1 if step == "reduced" else sandbox.kernel_threads,
+            kernel_threads=1 if step == "reduced" else sandbox.kernel_threads(target),
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
             config_overrides={**way.overrides, **(self.policy.reduced if step == "reduced" else {})},
@@ -288,16 +299,19 @@ class _Compile:
             raise UnserializableError("payload_too_large", str(error)) from None
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data, way)
-        output, result = self.walk.child(job, way, step, lambda: self.folders or cache_folders())
+        also = ", on the GPU" if spec.gpu else ""
+        output, result = self.walk.child(job, way, step, lambda: self.folders or cache_folders(), also)
         if result.status is Status.UNSERIALIZABLE:
             self.scheme.refused.note(self.gm, result.detail)
         return output, result
 
     def _gpus(self) -> Gpus | None:
         """What a child without a GPU is told of those here; None if it needs to know of none, or gets them."""
-        if self.device is None or self.policy.gpu:
+        if self.device is None or (self.policy.gpu and self.measures):
             return None
         if torch.version.hip:
+            if self.policy.gpu:
+                return None
             raise UnserializableError("gpu_not_granted", f"a graph for {self.target}, and the policy says gpu = false")
         try:
             return devices.here().model_copy(update={"current": self.device.index or 0})

@@ -17,7 +17,7 @@ import torch
 
 from sandbox.errors import UnserializableError
 from sandbox.gpus import Gpu, Gpus
-from sandbox.inductor import compat, devices
+from sandbox.inductor import compat, devices, tensors
 
 #: Modules that have taken `_lazy_init` from `torch.cuda` when they were imported.
 _TOOK: Final = ("torch.cuda.memory", "torch.cuda.random")
@@ -150,10 +150,15 @@ class _Driver:
         raise self._cuda.refusal(f"{name} of Triton's driver")
 
 
+def of(gpus: Gpus | None) -> contextlib.AbstractContextManager[None]:
+    """:func:`answering`, or :func:`absent` if there are none."""
+    return absent() if gpus is None else answering(gpus)
+
+
 @contextlib.contextmanager
 def answering(gpus: Gpus) -> Iterator[None]:
-    """Inside the block CUDA seems to be there, as the snapshot says; kernels are compiled and not loaded. For a process
-    that ends after it: Triton keeps the driver.
+    """Inside the block CUDA seems to be there, as the snapshot says, and nothing asks a driver; kernels are compiled and
+    not loaded.
 
     Raises:
         UnserializableError: `needs_gpu`: something was asked that only a GPU can answer, whatever came of it.
@@ -168,6 +173,27 @@ def answering(gpus: Gpus) -> Iterator[None]:
         raise
     if cuda.refused:
         raise cuda.refused[0]
+
+
+@contextlib.contextmanager
+def absent() -> Iterator[None]:
+    """Inside the block there is no GPU, and nothing asks a driver. (PyTorch finds none by itself where they are hidden,
+    but by starting CUDA, whose threads and handles stay.)"""
+    if not torch.backends.cuda.is_built():
+        yield
+        return
+
+    def none() -> None:
+        raise RuntimeError("No CUDA GPUs are available")  # as CUDA says it; callers look for a RuntimeError
+
+    with contextlib.ExitStack() as stack:
+        for name, answer in (("is_available", lambda: False), ("device_count", lambda: 0), ("_lazy_init", none)):
+            stack.enter_context(compat.replaced(torch.cuda, name, answer))
+        for module in _TOOK:
+            stack.enter_context(compat.replaced(importlib.import_module(module), "_lazy_init", none))
+        stack.enter_context(compat.lent_device_guard())
+        stack.callback(devices.forget)
+        yield
 
 
 @contextlib.contextmanager
@@ -194,14 +220,12 @@ def _replaced(cuda: _Cuda, gpus: Gpus) -> Iterator[None]:
         replaced(compat.fake_tensor, "init_gpu_context", lambda device: None)
         # Decided by `is_available`, which says yes here.
         replaced(compat.FakeTensorMode, "avoid_device_init", property(lambda self: True))
-        driver = _Driver(cuda)
-        from triton.runtime.driver import driver as active
-
-        active.set_active(driver)
-        replaced(compat.triton_helpers, "set_driver_to_gpu", lambda: active.set_active(driver))
+        again = stack.enter_context(compat.triton_driver(_Driver(cuda)))
+        replaced(compat.triton_helpers, "set_driver_to_gpu", again)
         replaced(compat.CachingAutotuner, "precompile", _only_compiled(compat.CachingAutotuner.precompile))
-        if not torch.backends.cuda.is_built():
-            compat.lend_device_guard()
+        replaced(compat.GraphLowering, "constant_name", _named_apart(compat.GraphLowering.constant_name))
+        stack.enter_context(compat.lent_device_guard())
+        stack.callback(devices.forget)  # what was learnt here is of this snapshot
         devices.forget()
         yield
 
@@ -211,3 +235,20 @@ def _only_compiled(precompile: Callable[..., Any]) -> Callable[..., Any]:
         return precompile(self, warm_cache_only=True, **options)
 
     return compile_only
+
+
+def _named_apart(constant_name: Callable[..., str]) -> Callable[..., str]:
+    """Inductor copies a constant of the graph to the device that it is needed on. Here the copy stays, and what is sent
+    says where it belongs."""
+
+    def name_of(self: Any, name: str, device_override: torch.device | None) -> str:
+        value = self.constants[name]
+        if device_override is None or device_override.type != "cuda" or value.device.type != "cpu":
+            return constant_name(self, name, device_override)
+        with compat.disable_current_modes():
+            copy = tensors.meant_for(value.clone(), device_override)
+        index = device_override.index or 0
+        found: str = self.allocate_non_dup_const_name(f"{name}_{device_override.type}{index}", copy)
+        return found
+
+    return name_of

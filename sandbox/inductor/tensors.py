@@ -31,6 +31,16 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
+#: Attribute of a tensor that stands for one on a device that is not here.
+_MEANT_FOR: Final = "_sandbox_meant_for"
+
+
+def meant_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor``, which is decoded on ``device`` when it has been sent."""
+    setattr(tensor, _MEANT_FOR, device)
+    return tensor
+
+
 def encode(tensor: torch.Tensor) -> dict[str, Any]:
     """A real tensor as `{dtype, shape, stride, device, requires_grad, parameter, bytes}`, data included.
 
@@ -55,7 +65,7 @@ def encode(tensor: torch.Tensor) -> dict[str, Any]:
         "dtype": _NAMES[tensor.dtype],
         "shape": list(shape),
         "stride": list(stride),
-        "device": str(tensor.device),
+        "device": str(getattr(tensor, _MEANT_FOR, tensor.device)),
         "requires_grad": tensor.requires_grad,
         "parameter": isinstance(tensor, torch.nn.Parameter),
         "frozen": bool(getattr(tensor, "_is_frozen_param", False)),

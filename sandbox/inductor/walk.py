@@ -85,12 +85,13 @@ class Walk:
             return self._steps(way, attempt)
 
     def child(
-        self, job: Job, way: Way, step: fallback.ChildStep, folders: Callable[[], dict[str, Path]]
+        self, job: Job, way: Way, step: fallback.ChildStep, folders: Callable[[], dict[str, Path]], also: str = ""
     ) -> tuple[Any, JobResult]:
         """One child, or the end of the one that another thread has started for the same.
 
         Args:
             folders: gives the user's cache folders by kind of artifact.
+            also: what tells it from another child of the same step.
 
         Returns:
             what ``way`` makes of its reply, or None, and how it ended.
@@ -107,7 +108,7 @@ class Walk:
                 self._recorder.swallowed(error)
                 raise _NotSubmitted(f"the job cannot be submitted: {type(error).__name__}: {error}") from error
 
-        name = way.first if step == "first" else step
+        name = (way.first if step == "first" else step) + also
         try:
             # What a signal handler of the caller raises meanwhile (a deadline, Ctrl-C) is the caller's; none of our own
             # code raises a TimeoutError here.

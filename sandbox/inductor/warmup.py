@@ -3,6 +3,8 @@
     probe      which vector instructions compiler and processor know, several at a time
     build      one sample graph down to its library: it makes the precompiled header
     lower      more samples, whose kernels are generated but not built: lazy imports, tables and caches
+    gpu        on a host with a GPU: one more graph down to its Triton kernels, and the samples once more, for a card that
+               was recorded; no driver is asked
     rehearse   in a child that waits for a job: some of it once more, so that the pages are its own by then
 
 `docs/ARCHITECTURE.md` tells how the samples were found.
@@ -15,7 +17,6 @@ import os
 import platform
 import shutil
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,23 +24,42 @@ from typing import Any, Final
 
 import torch
 
-from sandbox.inductor import compat, counting, devices, samples
-from sandbox.inductor.compile import private_folders, run, settings, threads
+from sandbox.gpus import Gpus, recorded
+from sandbox.inductor import compat, counting, devices, samples, snapshot
+from sandbox.inductor.compile import run
 
 #: Probes and kernels side by side, a count at most.
 MAX_THREADS: Final = 8
-#: Payloads for :func:`rehearse`; empty where the template was not warmed up.
-_rehearsed: list[bytes] = []
+#: The card that graphs for a GPU are lowered for, whichever there are here: what is warmed up is Inductor and Triton.
+CARD: Final = "cuda:90"
+#: Payloads for :func:`rehearse`, and the GPUs that they are for; empty where the template was not warmed up.
+_rehearsed: list[tuple[bytes, Gpus | None]] = []
 
 
-def warm_up(gpus_hidden: bool = False) -> None:
+def prepare(warm: bool, gpus_hidden: bool) -> None:
+    """Import what compiles use, and :func:`warm_up` if ``warm``. For the template, before its first fork.
+
+    Args:
+        gpus_hidden: whether the service itself sees no GPU, whatever the host has: no child will compile for one.
+
+    Raises:
+        IncompatibleTorchError: this PyTorch lacks private names in use.
+    """
+    # What asks CUDA, even with the GPUs hidden, cannot be forked; some of Inductor's modules do when they are imported.
+    with snapshot.absent():
+        compat.check()  # imports all that a compile uses
+    if warm:
+        warm_up(devices.present() and not gpus_hidden)
+
+
+def warm_up(gpu: bool = False) -> None:
     """Compile a few small graphs, so that no child repeats the probes, the header and the lazy imports.
 
     For the template, before its first fork: afterwards this process has the one thread that it had before.
     The folder of the precompiled header stays while this process lives; everything else is removed.
 
     Args:
-        gpus_hidden: whether the service itself sees no GPU, whatever the host has: no child will use one.
+        gpu: whether children will compile for GPUs.
     """
     _no_progress_thread()
     before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
@@ -48,17 +68,13 @@ def warm_up(gpus_hidden: bool = False) -> None:
     try:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "inductor")
         os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
-        if devices.present() and not gpus_hidden:
-            # Lowering asks CUDA here and there, even with the GPUs hidden, and what has asked cannot be forked.
-            try:
-                _warm_compiler()
-            except Exception as error:  # noqa: BLE001 - graphs for the GPU need no C++ compiler
-                warnings.warn(f"the C++ compiler could not be warmed up: {error}", stacklevel=2)
-        else:
+        with snapshot.absent():
             _probe(cores)
             run(samples.built(), {}, cores)
-            _lower()
-            _rehearsed[:] = [samples.built()]
+            _lower("cpu")
+            _rehearsed[:] = [(samples.built(), None)]
+        if gpu:
+            _warm_gpu()
         counting.reset()
     finally:
         for name, value in before.items():
@@ -85,9 +101,10 @@ def rehearse(wanted: Callable[[], bool]) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         with _nothing_built(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for data in _rehearsed:
+            for data, gpus in _rehearsed:
                 if wanted():
-                    run(data, {}, 1)
+                    with snapshot.of(gpus):
+                        run(data, {}, 1)
     finally:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
         _forget_kernels()
@@ -116,24 +133,45 @@ def _probe(cores: int) -> None:
         list(pool.map(bool, candidates))
 
 
-def _lower() -> None:
+def _lower(device: str) -> None:
     """Lower the other samples. One that a release of PyTorch cannot do leaves its part to the children."""
     with _nothing_built():
-        for name, make in samples.lowered():
+        for name, make in samples.lowered(device):
             try:
                 run(make(), {}, 1)
             except Exception as error:  # noqa: BLE001 - slower is better than no forkserver
-                warnings.warn(f"the sample graph {name!r} could not be lowered: {error}", stacklevel=2)
+                warnings.warn(f"the sample graph {name!r} could not be lowered for {device}: {error}", stacklevel=2)
+
+
+def _warm_gpu() -> None:
+    gpus = recorded(CARD)
+    if gpus is None:
+        raise RuntimeError(f"no snapshot of a GPU was recorded for {CARD}")
+    try:
+        with snapshot.answering(gpus):
+            sample = samples.built("cuda")
+            run(sample, {}, 1)
+            _lower("cuda")
+    except Exception as error:  # noqa: BLE001 - no Triton, or another one: graphs for the CPU need none
+        warnings.warn(f"nothing was warmed up for GPUs: {type(error).__name__}: {error}", stacklevel=2)
+    else:
+        _rehearsed.append((sample, gpus))
 
 
 @contextlib.contextmanager
 def _nothing_built() -> Iterator[None]:
-    """Inside the block C++ kernels are generated but not built."""
+    """Inside the block kernels are generated but not built."""
 
     def kernel(*_: Any) -> None:
         raise RuntimeError("a kernel of the warm-up was called")
 
-    with compat.replaced(compat.AsyncCompile, "cpp_pybinding", lambda *_: kernel):
+    def built(*_: Any, **__: Any) -> Callable[..., None]:
+        return kernel
+
+    with (
+        compat.replaced(compat.AsyncCompile, "cpp_pybinding", built),
+        compat.replaced(compat.AsyncCompile, "triton", built),
+    ):
         yield
 
 
@@ -142,15 +180,3 @@ def _forget_kernels() -> None:
     compat.codecache.PyCodeCache.cache_clear()
     for name in ("CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache"):
         getattr(compat.codecache, name).cache_clear()
-
-
-def _warm_compiler() -> None:
-    """Build one C++ kernel: the vector-ISA probe and the precompiled header are what costs most by far."""
-    source = """
-        #include <torch/csrc/inductor/cpp_prefix.h>
-        extern "C" void kernel(const float* in_ptr0, float* out_ptr0) { out_ptr0[0] = in_ptr0[0]; }
-    """
-    with private_folders(), threads(1), compat.inductor_config.patch(settings({}, 1)):
-        os.makedirs(compat.runtime_cache_dir(), exist_ok=True)
-        built = compat.AsyncCompile().cpp_pybinding(["const float*", "float*"], textwrap.dedent(source))
-        getattr(built, "result", lambda: None)()
