@@ -35,8 +35,8 @@ class Limits(BaseModel):
     an allocation beyond it fails inside the job, which also ends as `memory_limit`."""
 
     gpu_memory_bytes: Annotated[int, Field(ge=256 * MIB, le=1 << 50)] = 8 * GIB
-    """GPU memory of the process tree over all GPUs, CUDA contexts included, in bytes, as NVML tells it (the extra `gpu`).
-    For jobs that may use a GPU; others get none. When hit: killed, status `memory_limit`."""
+    """GPU memory of the process tree over all GPUs, CUDA contexts included, in bytes, as NVML tells it (the extra
+    `gpu`). For jobs that may use a GPU; others get none. When hit: killed, status `memory_limit`."""
 
     processes: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Live processes in the tree, a count; threads are not counted. When hit: killed, status `violation`."""

@@ -173,11 +173,11 @@ class Policy(_Model):
     parallel_jobs: Annotated[int, Field(ge=0, le=1024)] = 0
     """Jobs that run side by side, a count; more wait. 0 means one per usable core."""
     kernel_threads: Annotated[int, Field(ge=0, le=256)] = 0
-    """Kernels of one job that are built side by side, a count. 0 means one per usable core, at most 8 (16 of a graph for a
-    GPU), divided by the jobs that run when it begins."""
+    """Kernels of one job that are built side by side, a count. 0 means one per usable core, at most 8 (16 of a graph
+    for a GPU), divided by the jobs that run when it begins."""
     gpu: bool = False
-    """Whether a child may hold a CUDA context of its own (about 520 MiB of GPU memory while it lives), where the compile
-    asks what only a GPU can answer: `max_autotune` and what else is chosen by running it. Without it such a graph is
+    """Whether a child may hold a CUDA context of its own (about 600 MiB of GPU memory while it lives), where the
+    compile asks what only a GPU can answer: `max_autotune` and what else is chosen by running it. Else such a graph is
     `unserializable` (`needs_gpu`), and goes on down that ladder. All other children are told of the service's GPUs
     (`sandbox.gpus`) and have none, whatever is said here."""
     triton_launches: bool = True

@@ -1,4 +1,4 @@
-"""GPU memory of jobs that may use a GPU. There is none here, so what NVML tells is made up, of processes that are real."""
+"""GPU memory of jobs that may use a GPU. There is none here: what NVML tells is made up, of processes that are real."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def box() -> Iterator[sandbox.Sandbox]:
 
 
 class Nvml:
-    """Two GPUs: the service is on the first; on the second every process of ours whose folder says how much it holds."""
+    """Two GPUs: the service is on the first; on the second each process of which a file says how much it holds."""
 
     class NVMLError(Exception):
         pass

@@ -197,7 +197,7 @@ def test_kernels_side_by_side_are_those_of_one_after_the_other(box: sandbox.Sand
 
 
 def helped(dies: str) -> dict[str, str]:
-    """In a child: who compiled each configuration of five kernels, when the helper that gets the kernel ``dies`` does."""
+    """In a child: who compiled the configurations of five kernels, if the helper that gets the kernel ``dies`` does."""
     from sandbox.inductor import compat, helpers
 
     child = os.getpid()

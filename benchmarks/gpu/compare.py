@@ -252,12 +252,9 @@ def main() -> int:
     print(f"torch {first['torch']}, {first.get('gpu', arguments.device)}, {len(os.sched_getaffinity(0))} cores")
     table(reports)
     for mode, report in reports.items():
-        print(
-            f"{mode}: alive at the end: {len(report['alive'])} processes; left in /dev/shm: {report['left'] or 'nothing'}"
-        )
-        print(
-            f"{mode}: GPU by nvidia-smi: {report['gpu_apps']}; opened by others than the service: {report['holders']}"
-        )
+        left = report["left"] or "nothing"
+        print(f"{mode}: alive at the end: {len(report['alive'])} processes; left in /dev/shm: {left}")
+        print(f"{mode}: on the GPU: {report['gpu_apps']}; opened by others than the service: {report['holders']}")
     if "sandbox" in reports:
         stats = reports["sandbox"]["stats"]
         print(f"forkserver and standby ready in {reports['sandbox']['ready_seconds']:.1f} s")

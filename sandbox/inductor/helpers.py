@@ -1,10 +1,10 @@
 """In a child: the Triton kernels of a graph are compiled side by side, by forks of the child.
 
 Inductor has a pool of processes for that, which lives on; and Triton's front end holds the interpreter, so threads
-would wait for each other. What a helper is given is one configuration of one kernel (a reduction has five or more), which
-it compiles into the job's own Triton cache. The child then does what it would have done alone, and finds the binaries. A
-helper that fails or dies says nothing of it: the child comes to the same error itself, or dies of it, and that is how the
-job ends.
+would wait for each other. What a helper is given is one configuration of one kernel (a reduction may have five), which
+it compiles into the job's own Triton cache. The child then does what it would have done alone, and finds the binaries.
+A helper that fails or dies says nothing of it: the child comes to the same error itself, or dies of it, and that is how
+the job ends.
 """
 
 from __future__ import annotations

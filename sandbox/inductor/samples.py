@@ -1,7 +1,7 @@
 """The sample graphs of the template's warm-up: small, and between them they touch what most graphs touch.
 
-Traced with fake tensors only: Dynamo and the autograd engine would start CUDA, and threads, in the template. Those for a
-GPU are made where a snapshot answers for one (:mod:`sandbox.inductor.snapshot`).
+Traced with fake tensors only: Dynamo and the autograd engine would start CUDA, and threads, in the template. Those for
+a GPU are made where a snapshot answers for one (:mod:`sandbox.inductor.snapshot`).
 """
 
 from __future__ import annotations

@@ -157,8 +157,8 @@ def of(gpus: Gpus | None) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def answering(gpus: Gpus) -> Iterator[None]:
-    """Inside the block CUDA seems to be there, as the snapshot says, and nothing asks a driver; kernels are compiled and
-    not loaded.
+    """Inside the block CUDA seems to be there, as the snapshot says, and nothing asks a driver; kernels are compiled
+    and not loaded.
 
     Raises:
         UnserializableError: `needs_gpu`: something was asked that only a GPU can answer, whatever came of it.

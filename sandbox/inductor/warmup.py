@@ -3,8 +3,8 @@
     probe      which vector instructions compiler and processor know, several at a time
     build      one sample graph down to its library: it makes the precompiled header
     lower      more samples, whose kernels are generated but not built: lazy imports, tables and caches
-    gpu        on a host with a GPU: one more graph down to its Triton kernels, and the samples once more, for a card that
-               was recorded; no driver is asked
+    gpu        on a host with a GPU: one more graph down to its Triton kernels, and the samples once more, for a card
+               that was recorded; no driver is asked
     rehearse   in a child that waits for a job: some of it once more, so that the pages are its own by then
 
 `docs/ARCHITECTURE.md` tells how the samples were found.
