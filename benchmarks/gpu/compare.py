@@ -89,7 +89,7 @@ def worker(arguments: argparse.Namespace) -> dict[str, Any]:
         return (x.sin() + 1).relu()
 
     timed("tiny", False, tiny, torch.ones(100, device=device), lambda function, x, train: [function(x)])
-    for name, module, inputs in models.build(arguments.models.split(","), arguments.layers, device):
+    for name, module, inputs in models.build(list(filter(None, arguments.models.split(","))), arguments.layers, device):
         for train in (False, True):
             timed(name, train, module, inputs, models.step)
         del module, inputs
@@ -228,7 +228,9 @@ def main() -> int:
     """Run the modes, print a table, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the reports here")
-    parser.add_argument("--models", default="lennard-jones,gpt2,vit-b16,mixer-b16,bigbird", help="comma-separated")
+    parser.add_argument(
+        "--models", default="lennard-jones,gpt2,vit-b16,mixer-b16,bigbird", help="comma-separated; empty: the tiny one"
+    )
     parser.add_argument("--layers", type=int, default=12, help="of each model")
     parser.add_argument("--modes", default="normal,subprocess,sandbox", help="comma-separated")
     parser.add_argument("--policy", default="default", help="name or file, for the mode sandbox")

@@ -1,5 +1,5 @@
-"""The five models of the GPU benchmarks: full size (BigBird: two layers) but where asked for less, fp32, random weights,
-no download, no dropout: eager and compiled code draw different random numbers, and results are compared with eager's."""
+"""The five models of the GPU benchmarks: full size (BigBird: two layers) but where asked for less, fp32, random
+weights, no download, no dropout: eager and compiled code draw different random numbers, and results are compared."""
 
 from __future__ import annotations
 
