@@ -220,6 +220,8 @@ def table(reports: dict[str, dict[str, Any]]) -> None:
         kind = "training" if rows[0]["train"] else "inference"
         ratios = " ".join(f"{one / seconds[0]:6.2f}" for one in seconds[1:])
         print(f"{rows[0]['model']:14} {kind:10} " + " ".join(f"{one:13.2f}" for one in seconds) + f"   {ratios}")
+    if not totals[modes[0]]:
+        return
     ratios = " ".join(f"{totals[mode] / totals[modes[0]]:6.2f}" for mode in modes[1:])
     print(f"{'the models':14} {'total':10} " + " ".join(f"{totals[mode]:13.2f}" for mode in modes) + f"   {ratios}")
 
@@ -228,9 +230,7 @@ def main() -> int:
     """Run the modes, print a table, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the reports here")
-    parser.add_argument(
-        "--models", default="lennard-jones,gpt2,vit-b16,mixer-b16,bigbird", help="comma-separated; empty: the tiny one"
-    )
+    parser.add_argument("--models", default="lennard-jones,gpt2,vit-b16,mixer-b16,bigbird", help="comma-separated")
     parser.add_argument("--layers", type=int, default=12, help="of each model")
     parser.add_argument("--modes", default="normal,subprocess,sandbox", help="comma-separated")
     parser.add_argument("--policy", default="default", help="name or file, for the mode sandbox")

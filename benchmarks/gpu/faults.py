@@ -3,9 +3,10 @@
     python -m benchmarks.gpu.faults [--layers 12] [--json FILE]
 
 SIGSEGV, SIGSTOP, a memory hog, a ptxas that hangs, a killed forkserver. A row tells what became of the children, who
-gave the answer, its difference from eager, the seconds, and what is left: processes but forkserver and standby children,
-descriptors, names in /dev/shm, processes that have the GPU open. First, jobs that may use the GPU themselves break it: an
-illegal access, a kernel that never ends, too much of its memory. Exit code 1 if a row is not as it must be.
+gave the answer, its difference from eager, the seconds, and what is left: processes but forkserver and standby
+children, descriptors, names in /dev/shm, processes that have the GPU open. First, jobs that may use the GPU themselves
+break it: an illegal access, a kernel that never ends, too much of its memory. Exit code 1 if a row is not as it must
+be.
 """
 
 from __future__ import annotations
