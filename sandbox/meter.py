@@ -96,6 +96,11 @@ class TreeMeter:
         self.peak_memory_bytes = max(self.peak_memory_bytes, memory)
         return TreeUsage(self._cpu_seconds, memory, processes, threads)
 
+    @property
+    def live(self) -> frozenset[int]:
+        """The pids of the last sample's live processes, the root's among them."""
+        return frozenset(pid for pid, _ in self._known)
+
     def cpu(self) -> float:
         """CPU time of the tree so far, in seconds, without a look at its memory, which takes longer."""
         ticks = sum(stat.own_ticks + stat.reaped_ticks for stat in walk(self.root_pid))

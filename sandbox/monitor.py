@@ -211,11 +211,11 @@ def run(
             if not (reported and only_init_lives(child, watch.seen.mechanisms)):
                 see_dead(child, reported)
                 left += _recorded(child.folder)
+            # The kernel and the disk take their time for it, and no answer has to wait.
+            stack.callback(background.add, child.clear_away, MAX_ENDING)
             if watch.gpu_memory is not None:
                 left += watch.gpu_memory.left()
                 watch.seen.mechanisms["gpu_memory"] = watch.gpu_memory.mechanism
-            # The kernel and the disk take their time for it, and no answer has to wait.
-            stack.callback(background.add, child.clear_away, MAX_ENDING)
         cause = watch.seen.cause
         if child.standby and not watch.seen.started and (cause is None or cause[0] is not Status.CANCELLED):
             why = f": {cause[1]}" if cause is not None else ""
@@ -476,7 +476,7 @@ def _sample(watch: _Watch, ticks: int) -> None:
             Status.MEMORY_LIMIT,
             f"{usage.memory_bytes} bytes of private memory, limits.memory_bytes = {limits.memory_bytes}",
         )
-    elif watch.gpu_memory is not None and watch.gpu_memory.sample(watch.child.meter.seen) > limits.gpu_memory_bytes:
+    elif watch.gpu_memory is not None and watch.gpu_memory.sample(watch.child.meter.live) > limits.gpu_memory_bytes:
         watch.breach(
             Status.MEMORY_LIMIT,
             f"{watch.gpu_memory.peak_bytes} bytes of GPU memory, limits.gpu_memory_bytes = {limits.gpu_memory_bytes}",

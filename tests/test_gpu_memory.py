@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,9 +43,15 @@ class Nvml:
         self.own = own
         self.fails = False
         self.after_the_end = False
+        self.hangs = False
+        self.released = threading.Event()
+        self.begun = 0
 
     def nvmlInit(self) -> None:
-        pass
+        self.begun += 1
+
+    def nvmlShutdown(self) -> None:
+        self.begun -= 1
 
     def nvmlDeviceGetCount(self) -> int:
         return 2
@@ -53,6 +60,8 @@ class Nvml:
         return index
 
     def nvmlDeviceGetComputeRunningProcesses(self, device: int) -> list[Any]:
+        if self.hangs:
+            self.released.wait(60.0)
         if self.fails:
             raise self.NVMLError("GPU is lost")
         if device == 0:
@@ -70,8 +79,13 @@ def nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nvml]:
 
     fake = Nvml(tmp_path)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(gpu_memory, "_nvml", {})
+    monkeypatch.setattr(gpu_memory, "_asker", [])
     yield fake
+    fake.released.set()
+    deadline = time.monotonic() + 10.0
+    while any(thread.name == "sandbox-nvml" for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert fake.begun == 0 or fake.hangs, "NVML is still in use"
 
 
 def waits(seconds: float) -> str:
@@ -126,7 +140,7 @@ def test_what_is_left_is_a_leak(
     assert all("bytes of GPU memory" in leak.object and not leak.reclaimed for leak in result.leaks.leaks)
 
 
-@pytest.mark.parametrize("why", ["library", "container", "driver"])
+@pytest.mark.parametrize("why", ["library", "container", "driver", "hang"])
 def test_where_nvml_does_not_tell_the_report_says_so(
     box: sandbox.Sandbox, nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -134,13 +148,15 @@ def test_where_nvml_does_not_tell_the_report_says_so(
         monkeypatch.setitem(sys.modules, "pynvml", None)
     nvml.own = why != "container"
     nvml.fails = why == "driver"
-    result = run(box, tmp_path, 100 * MIB, 0.3)
+    nvml.hangs = why == "hang"
+    monkeypatch.setattr("sandbox.gpu_memory.STALE_SECONDS", 0.1)
+    result = run(box, tmp_path, 9 << 30 if why == "container" else 100 * MIB, 0.5)
     assert result.status is Status.OK, result.detail
+    assert result.usage.wall_seconds < 5.0
     mechanism = result.enforcement.mechanisms["gpu_memory"]
     assert mechanism.state is State.UNAVAILABLE
-    assert {"library": "ModuleNotFoundError", "container": "this container", "driver": "GPU is lost"}[
-        why
-    ] in mechanism.reason
+    told = {"library": "ModuleNotFoundError", "container": "this container", "driver": "GPU is lost"}
+    assert told.get(why, "does not answer") in mechanism.reason
 
 
 def test_a_job_that_may_use_no_gpu_is_not_looked_at(box: sandbox.Sandbox, nvml: Nvml, tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_a_graph_of_the_service_goes_to_a_child_without_a_gpu(
     monkeypatch.setattr(devices, "here", lambda: facts)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(scheme, "Sandbox", lambda policy: box)
-    monkeypatch.setattr(scheme, "cache_folders", lambda: {kind: tmp_path / kind for kind in ("inductor", "triton")})
+    monkeypatch.setattr(
+        scheme, "cache_folders", lambda device: {kind: tmp_path / kind for kind in ("inductor", "triton")}
+    )
     gm, inputs = graph_of_normed()
     kwargs = {
         "cudagraphs": compat.BoxedBool(False), "static_input_idxs": (), "is_backward": False, "graph_id": None,
@@ -298,6 +300,47 @@ def test_constants_that_are_needed_on_the_gpu(box: sandbox.Sandbox, tmp_path: Pa
     assert [one["device"] for one in moved] == ["cuda:0"], constants
     assert torch.equal(tensors.decode({**moved[0], "device": "cpu"}), table)
     assert compat.has("GraphLowering") and binaries(tmp_path)
+
+
+def test_constants_that_stand_on_the_gpu(box: sandbox.Sandbox, tmp_path: Path) -> None:
+    """A tensor that a function makes on the GPU, or a frozen weight. In the child it is a copy in memory; what comes
+    back names the service's own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from sandbox.inductor import tensors
+
+    gpu_graphs.lend_device_guard()
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        x, table = torch.empty(4, 16, device=gpu_graphs.CUDA), torch.empty(16, device=gpu_graphs.CUDA)
+        found = x + table
+    first, second = graph.placeholder("x"), graph.get_attr("table")
+    total = graph.call_function(torch.ops.aten.add.Tensor, (first, second))
+    last = graph.output((total,))
+    for node, value in ((first, x), (second, table), (total, found), (last, (found,))):
+        node.meta["val"] = value
+    holder = torch.nn.Module()
+    holder.table = tensors.meant_for(torch.arange(16.0), gpu_graphs.CUDA)  # as one there would be sent
+    gm = torch.fx.GraphModule(holder, graph)
+    result = compiled(box, gm, [x], tmp_path)
+    assert result.status is Status.OK, result.detail
+    constants = list(result.value["graph"]["constants"].values())
+    assert constants and all(each == {"attribute": "table"} for each in constants), constants
+    assert binaries(tmp_path)
+
+
+def test_only_the_code_generator_is_told_of_helpers() -> None:
+    """Whoever else asks would start Inductor's pool of processes, or wait for what a helper does not give."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codegen.triton import async_compile
+
+    from sandbox.inductor import compat, compile
+
+    with compile.threads(2):
+        with compat.written_ahead():
+            assert async_compile.use_process_pool()
+            assert not AsyncCompile().use_process_pool() and not AsyncCompile.use_process_pool()
+        assert not async_compile.use_process_pool()
 
 
 #: Models of the corpus. (That all of them have more than 1,000 kernels was seen; these take a minute.)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import inspect
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sandbox.errors import IncompatibleTorchError
+from sandbox.errors import CompileFailed, IncompatibleTorchError
 
 #: The PyTorch releases that the table was checked against.
 VERSIONS: Final = ("2.11", "2.13")
@@ -46,9 +47,9 @@ NAMES: Final[Mapping[str, Private]] = {
     "UnpickleState": Private("torch.fx._graph_pickler:_UnpickleState"),
     "TensorPickleData": Private("torch.fx._graph_pickler:_TensorPickleData"),
     "MetaTensorDescriber": Private("torch._subclasses.meta_utils:MetaTensorDescriber"),
-    "is_opaque_type": Private("torch._library.opaque_object:is_opaque_type", ("2.13",)),
+    "is_opaque_type": Private("torch._library.opaque_object:is_opaque_type"),
     "maybe_to_fake_obj": Private("torch._library.fake_class_registry:maybe_to_fake_obj"),
-    "is_opaque_value_type": Private("torch._library.opaque_object:is_opaque_value_type", ("2.13",)),
+    "is_opaque_value_type": Private("torch._library.opaque_object:is_opaque_value_type"),
     "ValueRangesSLoc": Private("torch.fx.experimental.symbolic_shapes:ValueRangesSLoc"),
     "SLoc": Private("torch._guards:SLoc"),
     # Contexts of a compile.
@@ -127,12 +128,12 @@ NAMES: Final[Mapping[str, Private]] = {
     "load_triton_kernel": Private("torch._inductor.async_compile:_load_triton_kernel_from_source"),
     "codecache": Private("torch._inductor.codecache"),
     "CppCodeCache": Private("torch._inductor.codecache:CppCodeCache"),
-    "vec_isas": Private("torch._inductor.cpu_vec_isa:supported_vec_isa_list", ("2.13",)),
-    "x86_flags": Private("torch._inductor.cpu_vec_isa:x86_isa_checker", ("2.13",)),
+    "vec_isas": Private("torch._inductor.cpu_vec_isa:supported_vec_isa_list"),
+    "x86_flags": Private("torch._inductor.cpu_vec_isa:x86_isa_checker"),
     "FxGraphCache": Private("torch._inductor.codecache:FxGraphCache"),
     # Which ptxas: its version is part of the name of every kernel in Triton's cache, and asked for once.
     "set_ptxas_path": Private("torch._inductor.runtime.compile_tasks:_set_triton_ptxas_path"),
-    # Direct launches of Triton kernels, in Triton 3.7: without these names they compile in this process.
+    # Direct launches of Triton kernels, in Triton 3.6 and 3.7: without these names they compile in this process.
     "JITFunction": Private("triton.runtime.jit:JITFunction", ("2.13",)),
     "compile_launch": Private("triton.runtime.jit:JITFunction._do_compile", ("2.13",)),
     "ASTSource": Private("triton.compiler:ASTSource", ("2.13",)),
@@ -140,11 +141,13 @@ NAMES: Final[Mapping[str, Private]] = {
     "triton_cache": Private("triton.runtime.cache", ("2.13",)),
     "triton_environment": Private("triton._C.libtriton:get_cache_invalidating_env_vars", ("2.13",)),
     "triton_knobs": Private("triton.knobs", ("2.13",)),
-    # A child without a GPU answers for one: looked up there only, not seen in 2.11 yet; without them that job fails.
-    "CudaInterface": Private("torch._dynamo.device_interface:CudaInterface", ("2.13",)),
-    "fake_tensor": Private("torch._subclasses.fake_tensor", ("2.13",)),
-    "triton_helpers": Private("torch._inductor.runtime.triton_helpers", ("2.13",)),
-    "CachingAutotuner": Private("torch._inductor.runtime.triton_heuristics:CachingAutotuner", ("2.13",)),
+    # A child without a GPU answers for one.
+    "CudaInterface": Private("torch._dynamo.device_interface:CudaInterface"),
+    "fake_tensor": Private("torch._subclasses.fake_tensor"),
+    "triton_helpers": Private("torch._inductor.runtime.triton_helpers"),
+    "CachingAutotuner": Private("torch._inductor.runtime.triton_heuristics:CachingAutotuner"),
+    "triton_codegen": Private("torch._inductor.codegen.triton"),
+    "TritonBenchmarkRequest": Private("torch._inductor.autotune_process:TritonBenchmarkRequest"),
     "runtime_cache_dir": Private("torch._inductor.runtime.runtime_utils:cache_dir"),
     "structured_trace": Private("torch._logging._internal:trace_log"),
 }
@@ -163,6 +166,8 @@ _EXTRA_ATTRIBUTES: Final = (
     "torch._inductor.async_compile:AsyncCompile.triton",
     "torch._inductor.codecache:LambdaFuture",
     "torch._inductor.runtime.triton_heuristics:CachingAutotuner._precompile_config",
+    "torch._inductor.runtime.triton_heuristics:CachingAutotuner._dynamic_scale_rblock",
+    "torch._inductor.codegen.triton:async_compile",
     "torch._inductor.async_compile:maybe_warm_pool",
     "torch._inductor.codecache:FxGraphCache._save_graph",
     "torch._inductor.codecache:FxGraphCache.prepare_key",
@@ -361,6 +366,47 @@ def compile_configuration(kernel: Any, configuration: Any) -> None:
 
 
 @contextmanager
+def written_ahead() -> Iterator[None]:
+    """Inside the block Inductor's code generator, and nobody else, takes it that there is somebody to compile a Triton
+    kernel as soon as it is written: it calls `AsyncCompile.triton` then, and again when the graph is loaded."""
+    generator = _look_up(NAMES["triton_codegen"].where).async_compile
+    generator.use_process_pool = lambda: True
+    try:
+        yield
+    finally:
+        del generator.use_process_pool
+
+
+def find_libdevice() -> None:
+    """Have Triton use the libdevice that Inductor's settings name: part of the name of each kernel's entry."""
+    find = getattr(importlib.import_module("torch._inductor.runtime.compile_tasks"), "_set_triton_libdevice_path", None)
+    if find is not None:  # since 2.13
+        find()
+
+
+def guard_scaling(skipped: Callable[[Exception], None]) -> Compile:
+    """Where a kernel takes too many registers, Inductor compiles another configuration when it loads it. It is not
+    needed: one whose compile the sandbox has given up is told to ``skipped``. Returns what stood there."""
+    tuner = _look_up(NAMES["CachingAutotuner"].where)
+    before: Compile = tuner._dynamic_scale_rblock
+
+    @functools.wraps(before)
+    def scale(self: Any) -> None:
+        try:
+            before(self)
+        except CompileFailed as error:
+            skipped(error)
+
+    tuner._dynamic_scale_rblock = scale
+    return before
+
+
+def restore_scaling(before: Compile) -> None:
+    """Undo :func:`guard_scaling`."""
+    _look_up(NAMES["CachingAutotuner"].where)._dynamic_scale_rblock = before
+
+
+@contextmanager
 def raw_stream() -> Iterator[None]:
     """Generated code for a GPU imports `torch._C._cuda_getCurrentRawStream`, which a PyTorch for the CPU lacks."""
     import torch
@@ -406,13 +452,17 @@ def triton_driver(driver: Any) -> Iterator[Callable[[], None]]:
 
 
 #: Settings of Inductor's with which it runs kernels to choose the fastest while it compiles (2.11, 2.13).
-_MEASURED: Final = ("max_autotune", "max_autotune_gemm", "benchmark_fusion", "benchmark_combo_kernel")
+_MEASURED: Final = (
+    "max_autotune", "max_autotune_gemm", "benchmark_fusion", "benchmark_combo_kernel", "triton.multi_kernel",
+)  # fmt: skip
 
 
-def measures() -> bool:
-    """Whether Inductor, as it is set, runs kernels to choose the fastest while it compiles for a GPU."""
+def measures(overrides: Mapping[str, Any]) -> bool:
+    """Whether Inductor, as it is set but for ``overrides``, runs kernels to choose the fastest while it compiles for a
+    GPU."""
     config = _look_up(NAMES["inductor_config"].where)
-    return any(getattr(config, name, False) for name in _MEASURED) or bool(config.triton.multi_kernel)
+    found = {name: operator.attrgetter(name)(config) for name in _MEASURED if name in config._config}
+    return any({**found, **{name: value for name, value in overrides.items() if name in found}}.values())
 
 
 def makes_packages() -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from sandbox.errors import UnserializableError
 from sandbox.inductor import aoti, compat, counting, helpers, kernels, logs, payload, registrations, reply
+from sandbox.inductor.constants import put as put_constants
 
 #: Inductor's caches on other machines: a child has no network, and asking for it would end the job.
 _REMOTE: Final = (
@@ -20,6 +21,10 @@ _REMOTE: Final = (
     "bundled_autotune_remote_cache",
     "remote_gemm_autotune_cache",
 )
+
+
+#: C++ compilers side by side, a count at most: each takes some 300 MB.
+MAX_COMPILERS: Final = 8
 
 
 def run(
@@ -37,7 +42,7 @@ def run(
     Args:
         data: what :func:`sandbox.inductor.payload.encode` made.
         config_overrides: Inductor settings by dotted name that replace the caller's.
-        kernel_threads: C++ kernels of this graph that are built side by side, a count.
+        kernel_threads: kernels of this graph that are built side by side, a count; of those in C++ at most 8.
         debug_root: folder for the files of TORCH_COMPILE_DEBUG. None: the one that the payload names.
         aoti_folder: folder for the files of an AOTInductor package, an absolute path.
         on_gpu: whether this process may use a GPU itself, which forks of it could not.
@@ -55,9 +60,10 @@ def run(
         warnings.simplefilter("always")
         stack.enter_context(private_folders())
         stack.enter_context(request.contexts())
-        stack.enter_context(threads(kernel_threads))
+        stack.enter_context(threads(min(kernel_threads, MAX_COMPILERS)))
         stack.enter_context(helpers.side_by_side(1 if on_gpu else kernel_threads))
         stack.enter_context(compat.inductor_config.patch(settings(config_overrides, kernel_threads)))
+        compat.find_libdevice()
         # Inductor's own default lies below the current folder.
         root = debug_root or request.settings["debug_root"]
         stack.enter_context(compat.dynamo_config.patch(debug_dir_root=root))
@@ -71,6 +77,8 @@ def run(
             stack.enter_context(compat.V.set_choices_handler(loaded.choices))
         stack.enter_context(compat.disable_current_modes())
         stack.enter_context(compat.DebugContext())
+        if put_constants(loaded.gm):
+            loaded.fake_mode.allow_non_fake_inputs = True  # as inputs of what puts them there
         constants, symbols = reply.constants_of(loaded.gm), reply.symbols_of(loaded.fake_mode.shape_env)
         counted = counting.Counts()
         built = stack.enter_context(kernels.recorded())

@@ -5,6 +5,8 @@ They never come back: a reply names the parent's own.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -76,3 +78,29 @@ def _quantized(obj: torch.Tensor) -> Form:
         parts = obj.int_repr(), obj.q_per_channel_scales(), obj.q_per_channel_zero_points(), obj.q_per_channel_axis()
         return compat.make_quantized_channels, parts
     raise UnserializableError("opaque_constant", f"quantised by {obj.qscheme()}")
+
+
+def put(gm: torch.fx.GraphModule) -> int:
+    """In a child without a GPU: constants of the graph that stand on one are here as copies in memory, and the graph
+    says itself that they are to be put there, which Inductor does when it compiles. Returns how many there are."""
+    count = 0
+    for module in [each for each in gm.modules() if isinstance(each, torch.fx.GraphModule)]:
+        before = count
+        for node in module.graph.find_nodes(op="get_attr"):
+            value: Any = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part, None)
+            device = tensors.place_of(value) if isinstance(value, torch.Tensor) else None
+            if device is None:
+                continue
+            with module.graph.inserting_after(node):
+                there = module.graph.call_function(torch.ops.prims.device_put.default, (node, device))
+            there.meta.update(node.meta)
+            node.replace_all_uses_with(there, delete_user_cb=functools.partial(operator.is_not, there))
+            if isinstance(fake := node.meta.get("val"), compat.FakeTensor):
+                with fake.fake_mode:
+                    node.meta["val"] = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="cpu")
+            count += 1
+        if count > before:
+            module.recompile()
+    return count

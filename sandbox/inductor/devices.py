@@ -31,6 +31,8 @@ _MODULES: Final = (
     "torch._inductor.runtime.benchmarking",
     "torch._inductor.runtime.runtime_utils",
     "torch._inductor.template_heuristics.triton",
+    "torch._inductor.compile_fx",
+    "triton.backends.nvidia.compiler",
 )
 _CACHE: Final = type(functools.lru_cache(lambda: None))
 

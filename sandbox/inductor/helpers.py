@@ -10,6 +10,7 @@ the job ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -17,8 +18,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import torch
 
 from sandbox.enforce.privileges import die_with_parent
 from sandbox.inductor import compat
@@ -86,8 +85,8 @@ class _Helper:
 
 
 def _may_fork() -> bool:
-    """Not if another thread may hold a lock that a fork would wait for, and not if this process uses a GPU."""
-    if torch.cuda.is_initialized() or os.environ.get("TRITON_INTERPRET") == "1":
+    """Not if another thread may hold a lock that a fork would wait for."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return False
     return len(os.listdir("/proc/self/task")) == 1
 
@@ -102,8 +101,8 @@ def _serve(channel: socket.socket, answers: int, work: Callable[[Any], object]) 
 
 
 def _configurations(name: str, source: str) -> int:
-    """How many a kernel has; 1 if it is of a kind that has none."""
-    return len(getattr(compat.load_triton_kernel(name, source), "configs", None) or ()) or 1
+    """How many a kernel has; 0 if it is of a kind that has none."""
+    return len(getattr(compat.load_triton_kernel(name, source), "configs", None) or ())
 
 
 def _compile_one(what: tuple[str, str, int]) -> None:
@@ -140,10 +139,7 @@ def side_by_side(count: int) -> Iterator[None]:
                 given[source].append((helper, helper.give((name, source, number))))
 
     def triton(self: Any, kernel_name: str, source_code: str, device_str: str = "cuda") -> Any:
-        def alone() -> Any:
-            with compat.replaced(compat.AsyncCompile, "use_process_pool", classmethod(lambda cls: False)):
-                return compile_one(self, kernel_name, source_code, device_str)
-
+        alone = functools.partial(compile_one, self, kernel_name, source_code, device_str)
         if source_code not in given:
             if least_busy() is None:
                 return alone()
@@ -159,11 +155,7 @@ def side_by_side(count: int) -> Iterator[None]:
     if count < 2:
         yield
         return
-    with (
-        compat.replaced(compat.AsyncCompile, "triton", triton),
-        # Inductor asks, when it has written a kernel, whether there is anybody to compile it.
-        compat.replaced(compat.AsyncCompile, "use_process_pool", classmethod(lambda cls: _may_fork())),
-    ):
+    with compat.replaced(compat.AsyncCompile, "triton", triton), compat.written_ahead():
         try:
             yield
         finally:

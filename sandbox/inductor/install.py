@@ -76,7 +76,8 @@ def uninstall() -> None:
             compat.replace_save_graph(_original_save)
             compat.wrap_aot_autograd(lambda _: _original_aot)
             if _original_launch is not None:
-                launch, source = _original_launch
+                launch, source, scaling = _original_launch
+                compat.restore_scaling(scaling)
                 compat.wrap_launches(lambda _: launch)
                 compat.wrap_triton_compile(lambda _: source)
                 _original_launch = None
@@ -185,6 +186,7 @@ def _hook() -> None:
             _original_launch = (
                 compat.wrap_launches(lambda original: launches.calls(original, _scheme_of_launches)),
                 compat.wrap_triton_compile(lambda original: launches.compiles(original, _scheme_of_kernels)),
+                compat.guard_scaling(_not_scaled),
             )
         cached.install(_in_children, _key_for)
         compat.set_ptxas_path()  # before anybody asks Triton for its version; children do the same
@@ -225,8 +227,16 @@ def _scheme_of_launches() -> Scheme | None:
 
 
 def _scheme_of_kernels() -> Scheme | None:
-    """Those of a graph may also be of a scheme that only this thread has."""
-    return _usable(_current.get() or _installed)
+    """Those of a graph may also be of a scheme that only this thread has; after its end they are nobody's."""
+    scheme = _current.get() or _installed
+    return None if scheme is None or scheme.closed or scheme.sandbox.foreign else scheme
+
+
+def _not_scaled(error: Exception) -> None:
+    scheme = _current.get() or _installed
+    if scheme is not None:
+        scheme.sandbox.recorder.swallowed(error)
+        scheme.warn_once("scaling", f"a kernel keeps the blocks that it was compiled with: {error}")
 
 
 def _save_graph(key: str, compiled_graph: Any, *args: Any, **kwargs: Any) -> Any:

@@ -100,6 +100,8 @@ def encode(code: Any, constants: dict[int, str]) -> dict[str, Any]:
 
 def encode_constant(value: Any, known: dict[int, str]) -> dict[str, Any]:
     """A constant by the name that the parent knows it under, or with its data."""
+    if isinstance(value, torch.Tensor):
+        value = tensors.original_of(value)
     if id(value) in known:
         return {"attribute": known[id(value)]}
     if not isinstance(value, torch.Tensor):
@@ -239,12 +241,22 @@ def _attribute_name(gm: torch.fx.GraphModule, name: Any) -> str:
     return str(name)
 
 
+def _devices(gm: torch.fx.GraphModule) -> set[str]:
+    """Where a graph has tensors, and the CPU."""
+    made = [node.meta.get("val") for node in gm.graph.nodes]
+    flat = [one for each in made for one in (each if isinstance(each, list | tuple) else (each,))]
+    own = [*gm.parameters(), *gm.buffers(), *(one for one in flat if isinstance(one, torch.Tensor))]
+    return {"cpu", *(str(one.device) for one in own)}
+
+
 def decode_constant(data: Any, gm: torch.fx.GraphModule) -> torch.Tensor:
     """The tensor that :func:`encode_constant` described; WireError for anything else."""
     match data:
         case {"attribute": str(name), **rest} if not rest:
             return _attribute(gm, name)
         case {"tensor": dict(tensor), **rest} if not rest:
+            if (device := tensor.get("device")) not in _devices(gm):
+                raise WireError(f"reply: a constant on {shown(device)}, where nothing of the graph is")
             return tensors.decode(tensor)
     raise WireError("reply: a constant must name an attribute or bring a tensor")
 

@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 
-from sandbox.errors import SandboxError, UnserializableError, WireError
+from sandbox.errors import CompileFailed, SandboxError, UnserializableError, WireError
 from sandbox.inductor import compat, counting, expressions, kernels, logs, outputcode
 from sandbox.inductor.budget import Budget
 from sandbox.inductor.logs import replay_logs
@@ -200,6 +200,8 @@ def _loaded(
     with kernels.loading(checked.kernels):
         try:
             code.after_deserialization(constants)
+        except (CompileFailed, TimeoutError):
+            raise  # of a kernel that was compiled late; a deadline of the caller's
         except Exception as error:
             # Generated code may raise anything when it is imported.
             raise WireError(f"the compiled graph cannot be loaded: {type(error).__name__}: {error}") from error

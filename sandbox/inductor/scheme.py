@@ -180,8 +180,7 @@ class _Compile:
         self.same: tuple[str, str] | None = None  # what another thread's graph must have to be the same
         if (key := cached.key_of(gm)) is not None:
             self.same = key, payload.taken_for_granted(example_inputs)
-        # Whether kernels are run to find the fastest: by these settings they mostly are, and else a child says so.
-        self.measures = compat.measures()
+        self.needs_gpu = False  # a child has said so
         self.folders: dict[str, Path] | None = None  # where artifacts go; None: where the caches are then
 
     def run(self) -> Any:
@@ -203,12 +202,15 @@ class _Compile:
         """What it is compiled for."""
         return _target(self.device)
 
+    def _cache_folders(self) -> dict[str, Path]:
+        return cache_folders(None if self.device is None else self.device.index)
+
     def _waited_for(self) -> Any:
         """The modes `subprocess` and `serialize`."""
         if not aoti.wanted():
             return self._down(self._way(self._load))
         with aoti.staging() as staged:
-            self.folders = {**cache_folders(), "aoti": staged}
+            self.folders = {**self._cache_folders(), "aoti": staged}
             return self._down(self._way(functools.partial(self._package, staged=staged)))
 
     def _down(self, way: Way) -> Any:
@@ -238,7 +240,7 @@ class _Compile:
         """What two compiles must have in common to share their children: all that a job is made of."""
         if self.same is None or self.scheme.mode == "serialize":
             return None
-        return repr((self.same, self.folders or cache_folders(), way.overrides, way.nice, way.waited_for))
+        return repr((self.same, self.folders or self._cache_folders(), way.overrides, way.nice, way.waited_for))
 
     def _ends(self, step: Step, result: JobResult) -> Any:
         """What the ladder says when no child has made it."""
@@ -264,14 +266,21 @@ class _Compile:
 
     def _attempt(self, step: fallback.ChildStep, *, way: Way) -> tuple[Any, JobResult]:
         """One child. Returns what ``way`` makes of its reply, or None, and how the child ended."""
-        output, result = self._child(step, way)
-        if not self.measures and self.policy.gpu and reason_of(result) == NEEDS_GPU:
-            self.measures = True
-            output, result = self._child(step, way)
+        if self.needs_gpu and not self.policy.gpu:
+            raise UnserializableError("needs_gpu", "a child has said so, and the policy says gpu = false")
+        overrides = {**way.overrides, **(self.policy.reduced if step == "reduced" else {})}
+        measured = self.needs_gpu or compat.measures(overrides)
+        output, result = self._child(step, way, overrides, on_gpu=self.policy.gpu and measured)
+        if reason_of(result) == NEEDS_GPU and not self.needs_gpu:
+            self.needs_gpu = True
+            if self.policy.gpu:
+                output, result = self._child(step, way, overrides, on_gpu=True)
         return output, result
 
-    def _child(self, step: fallback.ChildStep, way: Way) -> tuple[Any, JobResult]:
-        target, gpus = self.target, self._gpus()
+    def _child(
+        self, step: fallback.ChildStep, way: Way, overrides: dict[str, Scalar], *, on_gpu: bool
+    ) -> tuple[Any, JobResult]:
+        target, gpus = self.target, self._gpus(on_gpu)
         if aoti.wanted():
             aoti.check_sendable(self.graph_kwargs, target)
         self.scheme.refused.check(self.gm)
@@ -290,7 +299,7 @@ class _Compile:
             kernel_threads=1 if step == "reduced" else sandbox.kernel_threads(target),
             compile_id=self.compile_id[:64] or None,
             environment=sandbox.environment(),
-            config_overrides={**way.overrides, **(self.policy.reduced if step == "reduced" else {})},
+            config_overrides=overrides,
             nice=way.nice,
         )
         try:
@@ -300,14 +309,14 @@ class _Compile:
         if self.scheme.mode == "serialize":
             return self._serialized(spec, data, way)
         also = ", on the GPU" if spec.gpu else ""
-        output, result = self.walk.child(job, way, step, lambda: self.folders or cache_folders(), also)
+        output, result = self.walk.child(job, way, step, lambda: self.folders or self._cache_folders(), also)
         if result.status is Status.UNSERIALIZABLE:
             self.scheme.refused.note(self.gm, result.detail)
         return output, result
 
-    def _gpus(self) -> Gpus | None:
+    def _gpus(self, on_gpu: bool) -> Gpus | None:
         """What a child without a GPU is told of those here; None if it needs to know of none, or gets them."""
-        if self.device is None or (self.policy.gpu and self.measures):
+        if self.device is None or on_gpu:
             return None
         if torch.version.hip:
             if self.policy.gpu:
@@ -367,7 +376,7 @@ class _Compile:
         """The graph as it is, or compiled in a hurry; and better code when a child has made it."""
         if self.graph_kwargs.get("cudagraphs"):
             compat.BoxedBool.disable(self.graph_kwargs["cudagraphs"])
-        self.folders = cache_folders()
+        self.folders = self._cache_folders()
         kept: Kept | None = None
         try:
             with deferred.keeping_strides(self.gm):
@@ -397,7 +406,7 @@ class _Compile:
         """``first``, and better code later, unless there is a reason why not."""
         later = Later(self.name, self.gm, self.example_inputs, self.inputs_to_check, self.graph_kwargs, self.region)
 
-        folders = self.folders = self.folders or cache_folders()
+        folders = self.folders = self.folders or self._cache_folders()
 
         def load(value: Any, job_id: str) -> bool:
             with kernels.kept_in(folders["inductor"]):
@@ -491,10 +500,12 @@ def _target(device: torch.device | None) -> str:
     return f"cuda:{major}{minor}"
 
 
-def cache_folders() -> dict[str, Path]:
-    """The user's cache folders now, by kind of artifact."""
+def cache_folders(device: int | None = None) -> dict[str, Path]:
+    """The user's cache folders now, by kind of artifact. ``device``: the number of the GPU that it is for; None: of the
+    current one."""
     inductor, debug = Path(compat.runtime_cache_dir()), Path(payload.debug_root())
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if device is None:
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     triton = os.environ.get("TRITON_CACHE_DIR")
     return {
         "inductor": inductor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Final
@@ -186,14 +187,25 @@ def absent() -> Iterator[None]:
     def none() -> None:
         raise RuntimeError("No CUDA GPUs are available")  # as CUDA says it; callers look for a RuntimeError
 
+    def count() -> int:
+        return 0
+
     with contextlib.ExitStack() as stack:
-        for name, answer in (("is_available", lambda: False), ("device_count", lambda: 0), ("_lazy_init", none)):
+        stack.callback(_forget_absence, count)
+        for name, answer in (("is_available", lambda: False), ("device_count", count), ("_lazy_init", none)):
             stack.enter_context(compat.replaced(torch.cuda, name, answer))
         for module in _TOOK:
             stack.enter_context(compat.replaced(importlib.import_module(module), "_lazy_init", none))
         stack.enter_context(compat.lent_device_guard())
-        stack.callback(devices.forget)
         yield
+
+
+def _forget_absence(stub: Any) -> None:
+    """What was imported inside the block may have taken a stub for good."""
+    interface = sys.modules.get("torch._dynamo.device_interface")
+    if interface is not None and interface.CudaInterface.device_count is stub:
+        interface.CudaInterface.device_count = staticmethod(torch.cuda.device_count)
+    devices.forget()
 
 
 @contextlib.contextmanager
@@ -223,8 +235,10 @@ def _replaced(cuda: _Cuda, gpus: Gpus) -> Iterator[None]:
         again = stack.enter_context(compat.triton_driver(_Driver(cuda)))
         replaced(compat.triton_helpers, "set_driver_to_gpu", again)
         replaced(compat.CachingAutotuner, "precompile", _only_compiled(compat.CachingAutotuner.precompile))
+        replaced(compat.TritonBenchmarkRequest, "precompile", cuda.refuse("the time that a kernel takes"))
         replaced(compat.GraphLowering, "constant_name", _named_apart(compat.GraphLowering.constant_name))
         stack.enter_context(compat.lent_device_guard())
+        stack.enter_context(tensors.kept_here())
         stack.callback(devices.forget)  # what was learnt here is of this snapshot
         devices.forget()
         yield
@@ -246,7 +260,7 @@ def _named_apart(constant_name: Callable[..., str]) -> Callable[..., str]:
         if device_override is None or device_override.type != "cuda" or value.device.type != "cpu":
             return constant_name(self, name, device_override)
         with compat.disable_current_modes():
-            copy = tensors.meant_for(value.clone(), device_override)
+            copy = tensors.meant_for(value.clone(), device_override, of=value)
         index = device_override.index or 0
         found: str = self.allocate_non_dup_const_name(f"{name}_{device_override.type}{index}", copy)
         return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -31,14 +33,40 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-#: Attribute of a tensor that stands for one on a device that is not here.
+#: Attributes of a tensor that stands for one on a device that is not here, and of its copy.
 _MEANT_FOR: Final = "_sandbox_meant_for"
+_COPY_OF: Final = "_sandbox_copy_of"
+_kept: list[bool] = []
 
 
-def meant_for(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor``, which is decoded on ``device`` when it has been sent."""
+def meant_for(tensor: torch.Tensor, device: torch.device, of: torch.Tensor | None = None) -> torch.Tensor:
+    """``tensor``, which is decoded on ``device`` when it has been sent. ``of``: what it is a copy of."""
     setattr(tensor, _MEANT_FOR, device)
+    if of is not None:
+        setattr(tensor, _COPY_OF, of)
     return tensor
+
+
+def place_of(tensor: torch.Tensor) -> torch.device | None:
+    """The device that it stands on, if that is not here."""
+    found: torch.device | None = getattr(tensor, _MEANT_FOR, None)
+    return found
+
+
+def original_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What it is a copy of, if that stands on the same device as the copy; else itself."""
+    source = getattr(tensor, _COPY_OF, None)
+    return source if source is not None and place_of(source) == place_of(tensor) else tensor
+
+
+@contextlib.contextmanager
+def kept_here() -> Iterator[None]:
+    """Inside the block, tensors of a GPU are decoded into this process's memory, and know where they stand."""
+    _kept.append(True)
+    try:
+        yield
+    finally:
+        _kept.pop()
 
 
 def encode(tensor: torch.Tensor) -> dict[str, Any]:
@@ -144,9 +172,12 @@ def _make(
     raw: bytes, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], place: Any, data: dict[str, Any]
 ) -> torch.Tensor:
     with compat.disable_current_modes(), torch.no_grad():
+        stands: torch.device | None = None
         flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
         tensor = flat.view(dtype)
-        if place.type != "cpu":
+        if place.type == "cuda" and _kept:
+            stands = place
+        elif place.type != "cpu":
             try:
                 tensor = tensor.to(place)
             except (RuntimeError, AssertionError) as error:
@@ -160,4 +191,6 @@ def _make(
             tensor.requires_grad_(True)
         if data["frozen"]:
             tensor._is_frozen_param = True
+        if stands is not None:
+            meant_for(tensor, stands)
     return tensor

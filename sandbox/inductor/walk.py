@@ -123,6 +123,10 @@ class Walk:
             return way.load(result.value, result.job_id), result
         except WireError as error:
             return None, no_child(Status.PROTOCOL_ERROR, str(error), result.job_id)
+        except CompileFailed as error:
+            # One of its kernels, which had a child of its own: what the graph's ladder says of that.
+            status = Status(error.status) if error.status in set(Status) else Status.SANDBOX_ERROR
+            return None, no_child(status, f"a kernel of it: {error}", result.job_id)
         except TimeoutError:
             raise
         except OSError as error:
