@@ -382,3 +382,122 @@ def test_the_kernels_of_the_models(box: sandbox.Sandbox, tmp_path: Path) -> None
     found = binaries(tmp_path)
     assert all(is_for(path, 90) for path in found)
     assert len({path.read_bytes() for path in found}) >= 200, len(found)
+
+
+def compile_of_service(monkeypatch: pytest.MonkeyPatch, policy: Any, gm: Any, inputs: list[Any]) -> Any:
+    """A compile of the service's, which seems to have a GPU."""
+    from sandbox.inductor import compat, devices, scheme
+
+    facts = recorded("cuda:90")
+    monkeypatch.setattr(devices, "here", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kwargs = {
+        "cudagraphs": compat.BoxedBool(False), "static_input_idxs": (), "is_backward": False, "graph_id": None,
+        "cpp_wrapper": False, "aot_mode": False, "is_inference": True, "layout_opt": None,
+        "extern_node_serializer": None, "boxed_forward_device_index": None,
+    }  # fmt: skip
+    with compat.tracing(compat.TracingContext(compat.detect_fake_mode(inputs))):
+        compile_ = scheme._Compile(scheme.Scheme(policy, "subprocess"), gm, inputs, (), kwargs, None)
+        compile_._encoded()
+    return compile_
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_a_gpu_is_granted_where_a_child_needs_one(
+    box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch, granted: bool
+) -> None:
+    from sandbox.errors import UnserializableError
+    from sandbox.inductor import scheme
+    from sandbox.inductor.walk import no_child
+    from sandbox.policy import load
+
+    monkeypatch.setattr(scheme, "Sandbox", lambda policy: box)
+    policy = load("default").model_copy(update={"gpu": granted})
+    compile_ = compile_of_service(monkeypatch, policy, *graph_of_normed())
+    had: list[tuple[bool, bool]] = []
+
+    def child(job: Job, *_: Any) -> tuple[Any, JobResult]:
+        had.append((job.spec.gpu, job.spec.gpus is not None))
+        return None, no_child(Status.UNSERIALIZABLE, "UnserializableError: needs_gpu: the compile asks for more")
+
+    monkeypatch.setattr(compile_.walk, "child", child)
+    way = compile_._way(lambda value, _: value)
+    without, with_one = (False, True), (True, False)
+    compile_._attempt("first", way=way)
+    assert had == ([without, with_one] if granted else [without])
+    if granted:
+        compile_._attempt("retry", way=way)
+        assert had == [without, with_one, with_one]
+    else:
+        with pytest.raises(UnserializableError, match="needs_gpu"):
+            compile_._attempt("retry", way=way)
+        assert had == [without], "what is certain is not tried again"
+
+
+def test_a_gpu_is_granted_by_settings_but_for_those_of_the_step(
+    box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sandbox.inductor import scheme
+    from sandbox.inductor.walk import no_child
+    from sandbox.policy import load
+
+    monkeypatch.setattr(scheme, "Sandbox", lambda policy: box)
+    policy = load("default").model_copy(update={"gpu": True, "reduced": {"max_autotune": False}})
+    compile_ = compile_of_service(monkeypatch, policy, *graph_of_normed())
+    had: list[bool] = []
+
+    def child(job: Job, *_: Any) -> tuple[Any, JobResult]:
+        had.append(job.spec.gpu)
+        return None, no_child(Status.CRASHED, "it died")
+
+    monkeypatch.setattr(compile_.walk, "child", child)
+    with torch._inductor.config.patch(max_autotune=True):
+        for step in ("first", "reduced"):
+            compile_._attempt(step, way=compile_._way(lambda value, _: value))
+    assert had == [True, False]
+
+
+def test_a_kernel_that_fails_late_ends_its_graph_by_its_own_status(
+    box: sandbox.Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Such as one that Inductor compiles when it loads the graph; a deadline of the caller's stays one."""
+    from sandbox.errors import CompileFailed
+    from sandbox.inductor import scheme
+    from sandbox.inductor.walk import Walk
+    from sandbox.policy import load
+
+    monkeypatch.setattr(scheme, "Sandbox", lambda policy: box)
+    made = scheme.Scheme(load("default"), "subprocess")
+    walk = Walk(made.policy, box, made.flights, made.quarantine, "a graph")
+
+    def fails(error: BaseException) -> Any:
+        def load_(value: Any, job_id: str) -> Any:
+            raise error
+
+        way = scheme.Way(load_, "key", {}, {})
+        return walk.child(sandbox.callable_job(abs, -1), way, "first", lambda: {"inductor": tmp_path})
+
+    value, result = fails(CompileFailed("timeout", "ptxas hangs", "job-1"))
+    assert value is None and result.status is Status.TIMEOUT and "a kernel of it" in result.detail
+    with pytest.raises(TimeoutError):
+        fails(TimeoutError("the request's time is over"))
+
+
+def test_a_smaller_block_that_cannot_be_had_is_left_out() -> None:
+    from sandbox.errors import CompileFailed
+    from sandbox.inductor import compat
+
+    told: list[Exception] = []
+    before = compat.CachingAutotuner._dynamic_scale_rblock
+    compat.CachingAutotuner._dynamic_scale_rblock = lambda self: (_ for _ in ()).throw(
+        CompileFailed("timeout", "", "j")
+    )
+    try:
+        inner = compat.guard_scaling(told.append)
+        compat.CachingAutotuner._dynamic_scale_rblock(object.__new__(compat.CachingAutotuner))
+        compat.restore_scaling(inner)
+        assert [type(error) for error in told] == [CompileFailed]
+        with pytest.raises(CompileFailed):
+            compat.CachingAutotuner._dynamic_scale_rblock(object.__new__(compat.CachingAutotuner))
+    finally:
+        compat.CachingAutotuner._dynamic_scale_rblock = before

@@ -425,7 +425,8 @@ def raw_stream() -> Iterator[None]:
 @contextmanager
 def lent_device_guard() -> Iterator[None]:
     """Inside the block, tensors on `cuda` have the guard of those on the CPU, which does nothing. CUDA's own asks the
-    driver, and a PyTorch for the CPU has none, without which some of Python's operators raise for FakeTensors."""
+    driver, and a PyTorch for the CPU has none, without which some of Python's operators raise for FakeTensors. For all
+    threads: not for a process that uses a GPU."""
     import torch
 
     library = ctypes.CDLL(os.path.join(torch.__path__[0], "lib", "libc10.so"))

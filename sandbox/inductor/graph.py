@@ -41,7 +41,7 @@ def job(
         role: what the graph is to AOTAutograd: of an inference, or one of the two of a training step.
 
     The binaries are those of this machine's ptxas and libdevice. To trace on `cuda` with a PyTorch for the CPU, some
-    operators need :func:`sandbox.inductor.compat.lent_device_guard` around it.
+    operators need :func:`sandbox.inductor.compat.lent_device_guard` around it (in a process that uses no GPU).
 
     The result's artifacts name the files, which lie in the ``cache`` of :meth:`sandbox.Sandbox.submit`: the binaries
     are `triton/*/*.cubin`.
