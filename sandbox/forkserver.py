@@ -102,6 +102,7 @@ class Forkserver:
         self._starting = False
         self._closed = False
         self._failure = ""
+        self._start_failed = False
         self._ready_since = 0.0
         self.starts = 0
         self.forks = 0
@@ -319,6 +320,7 @@ class Forkserver:
             except Exception as error:  # noqa: BLE001 - whatever it is, whoever waits is told, and the thread lives on
                 with self._change:
                     self._failure = f"the forkserver could not be started: {error}"
+                    self._start_failed = True
                     self._reset()
                 continue
             process.wait()
@@ -326,6 +328,11 @@ class Forkserver:
                 # Warm again before the next job asks for it; one that dies at once waits until it is asked for.
                 self._wanted = self._wanted or time.monotonic() - self._ready_since > MIN_LIFE_SECONDS
                 self._reset()
+
+    def _gpus_hidden(self) -> bool:
+        """Whether the next template is not warmed up for GPUs: hidden from this process, they are none of its
+        children's either; and a ptxas that ends or holds up a template must not take graphs for the CPU with it."""
+        return self._start_failed or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
     def _reset(self) -> None:
         """No template any more."""
@@ -353,8 +360,7 @@ class Forkserver:
             "sys_path": path,
             "import_torch": self._policy.forkserver.import_torch,
             "warm_up": self._policy.forkserver.warm_up,
-            # Hidden from this process, they are none of its children's either.
-            "gpus_hidden": os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
+            "gpus_hidden": self._gpus_hidden(),
             "preload": [*self._policy.forkserver.preload, *(_FAULTS if self._policy.allow_faults else ())],
         }
         # A folder of its own for each start: a job may have done anything to the last one.

@@ -87,8 +87,10 @@ class Sandbox:
 
     made: Template
     slots = 3
-    kernel_threads = 2
     foreign = False
+
+    def kernel_threads(self, target: str) -> int:
+        return 2
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

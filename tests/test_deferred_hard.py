@@ -38,7 +38,9 @@ class Children:
     made: Template
     slots = 1
     foreign = False
-    kernel_threads = 1
+
+    def kernel_threads(self, target: str) -> int:
+        return 1
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -223,9 +223,12 @@ def test_a_search_path_of_path_objects_and_a_start_that_fails_once(monkeypatch: 
     with sandbox.Sandbox(light_policy()) as one:
         assert result(one, double, 3).value == 6
     with sandbox.Sandbox(light_policy()) as two:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert not two._forkserver._gpus_hidden()
         monkeypatch.setattr(sys, "executable", None)
         with pytest.raises(ForkserverError):
             two.wait_ready(5)
+        assert two._forkserver._gpus_hidden(), "what was warmed up for GPUs may be what has failed"
         monkeypatch.undo()
         assert result(two, double, 3).value == 6
         assert two.stats().forkserver_restarts == 0
