@@ -179,8 +179,8 @@ class Policy(_Model):
     """Whether a child may hold a CUDA context of its own (about 600 MiB of GPU memory while it lives), where the
     compile asks what only a GPU can answer: `max_autotune` and what else is chosen by running it. Else such a graph is
     `unserializable` (`needs_gpu`), and goes on down that ladder. All other children are told of the service's GPUs
-    (`sandbox.gpus`) and have none, whatever is said here. (AMD: there is no snapshot; true gives each child the GPU,
-    false is `gpu_not_granted`.)"""
+    (`sandbox.gpus`) and have none, whatever is said here. AMD: there is no snapshot; true gives each child the GPU,
+    false is `gpu_not_granted`."""
     triton_launches: bool = True
     """Whether what a direct launch of a Triton kernel has to compile (`kernel[grid](...)`, outside of any graph), and
     what Inductor compiles late while it tunes kernels by running them, is compiled in a child, too. If false, Triton

@@ -97,10 +97,14 @@ def test_only_an_installed_sandbox_takes_inductors_workers_away(monkeypatch: pyt
     assert warmed == ["pool"]
     sandbox.install(policy("first"), mode="normal")
     compat.async_compile.maybe_warm_pool()
-    assert warmed == ["pool"]
-    sandbox.uninstall()
+    assert warmed == ["pool", "pool"], "the mode `normal` is as without a sandbox"
+    sandbox.install(policy("first"), mode="subprocess")
     compat.async_compile.maybe_warm_pool()
     assert warmed == ["pool", "pool"]
+    assert not compat.AsyncCompile.use_process_pool(), "whoever asks whether there are workers starts them"
+    sandbox.uninstall()
+    compat.async_compile.maybe_warm_pool()
+    assert warmed == ["pool"] * 3
 
 
 @pytest.mark.slow
