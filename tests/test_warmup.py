@@ -38,6 +38,7 @@ def files():
 
 before, known = files(), len(seen)
 (_, gpus), = warmup._rehearsed
+assert gpus is not None, "a graph for a GPU is not rehearsed"
 warmup._rehearsed[:] = [(samples.built(), None), (samples.built(), None)]
 answers = [True, False]
 warmup.rehearse(lambda: answers.pop(0))
